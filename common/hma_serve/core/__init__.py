@@ -1,0 +1,1 @@
+"""The shared nouns and the error table: pure values, no I/O."""
