@@ -24,13 +24,67 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chma_serve/etcd/v3/etcd.proto\x12\x11hma_serve.etcd.v3\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chma_serve/etcd/v3/etcd.proto\x12\x11hma_serve.etcd.v3\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\"u\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03\"\\\n\x05\x45vent\x12*\n\x04type\x18\x01 \x01(\x0e\x32\x1c.hma_serve.etcd.v3.EventType\x12\'\n\x02kv\x18\x02 \x01(\x0b\x32\x1b.hma_serve.etcd.v3.KeyValue\"O\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\"z\n\rRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\x12(\n\x03kvs\x18\x02 \x03(\x0b\x32\x1b.hma_serve.etcd.v3.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\"7\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03\"@\n\x0bPutResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\"4\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\"Y\n\x13\x44\x65leteRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03\"\x8b\x01\n\x07\x43ompare\x12\x30\n\x06target\x18\x02 \x01(\x0e\x32 .hma_serve.etcd.v3.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\x42\x0e\n\x0ctarget_union\"\xcd\x01\n\tRequestOp\x12\x38\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1f.hma_serve.etcd.v3.RangeRequestH\x00\x12\x34\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x1d.hma_serve.etcd.v3.PutRequestH\x00\x12\x45\n\x14request_delete_range\x18\x03 \x01(\x0b\x32%.hma_serve.etcd.v3.DeleteRangeRequestH\x00\x42\t\n\x07request\"\xd5\x01\n\nResponseOp\x12:\n\x0eresponse_range\x18\x01 \x01(\x0b\x32 .hma_serve.etcd.v3.RangeResponseH\x00\x12\x36\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x1e.hma_serve.etcd.v3.PutResponseH\x00\x12G\n\x15response_delete_range\x18\x03 \x01(\x0b\x32&.hma_serve.etcd.v3.DeleteRangeResponseH\x00\x42\n\n\x08response\"\x97\x01\n\nTxnRequest\x12+\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x1a.hma_serve.etcd.v3.Compare\x12-\n\x07success\x18\x02 \x03(\x0b\x32\x1c.hma_serve.etcd.v3.RequestOp\x12-\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x1c.hma_serve.etcd.v3.RequestOp\"\x85\x01\n\x0bTxnResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12\x30\n\tresponses\x18\x03 \x03(\x0b\x32\x1d.hma_serve.etcd.v3.ResponseOp\"7\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08physical\x18\x02 \x01(\x08\"G\n\x12\x43ompactionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\"\xa5\x01\n\x0cWatchRequest\x12?\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32%.hma_serve.etcd.v3.WatchCreateRequestH\x00\x12\x43\n\x10progress_request\x18\x03 \x01(\x0b\x32\'.hma_serve.etcd.v3.WatchProgressRequestH\x00\x42\x0f\n\rrequest_union\"e\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x17\n\x0fprogress_notify\x18\x04 \x01(\x08\"\x16\n\x14WatchProgressRequest\"\xd2\x01\n\rWatchResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\x12\x10\n\x08watch_id\x18\x02 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12(\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x18.hma_serve.etcd.v3.Event\",\n\x11LeaseGrantRequest\x12\x0b\n\x03ttl\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\x03\"o\n\x12LeaseGrantResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\x12\n\n\x02id\x18\x02 \x01(\x03\x12\x0b\n\x03ttl\x18\x03 \x01(\x03\x12\r\n\x05\x65rror\x18\x04 \x01(\t\" \n\x12LeaseRevokeRequest\x12\n\n\x02id\x18\x01 \x01(\x03\"H\n\x13LeaseRevokeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\"#\n\x15LeaseKeepAliveRequest\x12\n\n\x02id\x18\x01 \x01(\x03\"d\n\x16LeaseKeepAliveResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.hma_serve.etcd.v3.ResponseHeader\x12\n\n\x02id\x18\x02 \x01(\x03\x12\x0b\n\x03ttl\x18\x03 \x01(\x03*6\n\tEventType\x12\x12\n\x0e\x45VENT_TYPE_PUT\x10\x00\x12\x15\n\x11\x45VENT_TYPE_DELETE\x10\x01*b\n\rCompareTarget\x12\x1e\n\x1a\x43OMPARE_TARGET_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMPARE_TARGET_CREATE\x10\x01\x12\x16\n\x12\x43OMPARE_TARGET_MOD\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hma_serve.etcd.v3.etcd_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_EVENTTYPE']._serialized_start=2731
+  _globals['_EVENTTYPE']._serialized_end=2785
+  _globals['_COMPARETARGET']._serialized_start=2787
+  _globals['_COMPARETARGET']._serialized_end=2885
   _globals['_RESPONSEHEADER']._serialized_start=51
   _globals['_RESPONSEHEADER']._serialized_end=143
+  _globals['_KEYVALUE']._serialized_start=145
+  _globals['_KEYVALUE']._serialized_end=262
+  _globals['_EVENT']._serialized_start=264
+  _globals['_EVENT']._serialized_end=356
+  _globals['_RANGEREQUEST']._serialized_start=358
+  _globals['_RANGEREQUEST']._serialized_end=437
+  _globals['_RANGERESPONSE']._serialized_start=439
+  _globals['_RANGERESPONSE']._serialized_end=561
+  _globals['_PUTREQUEST']._serialized_start=563
+  _globals['_PUTREQUEST']._serialized_end=618
+  _globals['_PUTRESPONSE']._serialized_start=620
+  _globals['_PUTRESPONSE']._serialized_end=684
+  _globals['_DELETERANGEREQUEST']._serialized_start=686
+  _globals['_DELETERANGEREQUEST']._serialized_end=738
+  _globals['_DELETERANGERESPONSE']._serialized_start=740
+  _globals['_DELETERANGERESPONSE']._serialized_end=829
+  _globals['_COMPARE']._serialized_start=832
+  _globals['_COMPARE']._serialized_end=971
+  _globals['_REQUESTOP']._serialized_start=974
+  _globals['_REQUESTOP']._serialized_end=1179
+  _globals['_RESPONSEOP']._serialized_start=1182
+  _globals['_RESPONSEOP']._serialized_end=1395
+  _globals['_TXNREQUEST']._serialized_start=1398
+  _globals['_TXNREQUEST']._serialized_end=1549
+  _globals['_TXNRESPONSE']._serialized_start=1552
+  _globals['_TXNRESPONSE']._serialized_end=1685
+  _globals['_COMPACTIONREQUEST']._serialized_start=1687
+  _globals['_COMPACTIONREQUEST']._serialized_end=1742
+  _globals['_COMPACTIONRESPONSE']._serialized_start=1744
+  _globals['_COMPACTIONRESPONSE']._serialized_end=1815
+  _globals['_WATCHREQUEST']._serialized_start=1818
+  _globals['_WATCHREQUEST']._serialized_end=1983
+  _globals['_WATCHCREATEREQUEST']._serialized_start=1985
+  _globals['_WATCHCREATEREQUEST']._serialized_end=2086
+  _globals['_WATCHPROGRESSREQUEST']._serialized_start=2088
+  _globals['_WATCHPROGRESSREQUEST']._serialized_end=2110
+  _globals['_WATCHRESPONSE']._serialized_start=2113
+  _globals['_WATCHRESPONSE']._serialized_end=2323
+  _globals['_LEASEGRANTREQUEST']._serialized_start=2325
+  _globals['_LEASEGRANTREQUEST']._serialized_end=2369
+  _globals['_LEASEGRANTRESPONSE']._serialized_start=2371
+  _globals['_LEASEGRANTRESPONSE']._serialized_end=2482
+  _globals['_LEASEREVOKEREQUEST']._serialized_start=2484
+  _globals['_LEASEREVOKEREQUEST']._serialized_end=2516
+  _globals['_LEASEREVOKERESPONSE']._serialized_start=2518
+  _globals['_LEASEREVOKERESPONSE']._serialized_end=2590
+  _globals['_LEASEKEEPALIVEREQUEST']._serialized_start=2592
+  _globals['_LEASEKEEPALIVEREQUEST']._serialized_end=2627
+  _globals['_LEASEKEEPALIVERESPONSE']._serialized_start=2629
+  _globals['_LEASEKEEPALIVERESPONSE']._serialized_end=2729
 # @@protoc_insertion_point(module_scope)
