@@ -1,0 +1,205 @@
+"""What a client may ask for, validated once where the value is born.
+
+HTTP, gRPC and the decode engine all build these, so a limit is stated here and nowhere else. Each dataclass converts
+from and to its message in `hma_serve.v1`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.v1 import common_pb2
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKENS = 256
+MAX_TOKEN_ID = 2**32 - 1
+MAX_SEED = 2**64 - 1
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidArgument(f"{name} must be between {low:g} and {high:g}, not {value:g}", field=name)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn; the defaults are OpenAI's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: Smallest set of tokens whose probability reaches this; in (0, 1].
+        top_k: Keep the k likeliest tokens; 0 is off.
+        min_p: Drop tokens below this share of the likeliest one's probability; 0 is off.
+        repetition_penalty: Divides (multiplies, if negative) the logits of tokens seen in prompt or output; 1 is off.
+        presence_penalty: Subtracted once from the logit of each token that was generated.
+        frequency_penalty: Subtracted per occurrence.
+        logit_bias: Added to the logits of single tokens.
+        seed: The same seed gives the same tokens, whatever else is in the batch.
+        logprobs: How many alternatives to report per token; None reports nothing.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise InvalidArgument("top_p must be above 0; use temperature=0 for greedy decoding", field="top_p")
+        _within("top_k", self.top_k, 0, MAX_TOKEN_ID)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _within("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _within("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidArgument(f"logit_bias may name at most {MAX_LOGIT_BIAS} tokens", field="logit_bias")
+        for token, bias in self.logit_bias.items():
+            _within("logit_bias token", token, 0, MAX_TOKEN_ID)
+            _within("logit_bias", bias, -100.0, 100.0)
+        if self.seed is not None:
+            _within("seed", self.seed, 0, MAX_SEED)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
+        """Reads and validates the wire form; raises InvalidArgument."""
+        return cls(
+            temperature=message.temperature if message.HasField("temperature") else 1.0,
+            top_p=message.top_p if message.HasField("top_p") else 1.0,
+            top_k=message.top_k,
+            min_p=message.min_p,
+            repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+            presence_penalty=message.presence_penalty,
+            frequency_penalty=message.frequency_penalty,
+            logit_bias=MappingProxyType(dict(message.logit_bias)),
+            seed=message.seed if message.HasField("seed") else None,
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+        )
+
+    def to_proto(self) -> common_pb2.SamplingParams:
+        """The wire form."""
+        return common_pb2.SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=dict(self.logit_bias),
+            seed=self.seed,
+            logprobs=self.logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """When a completion ends.
+
+    Attributes:
+        max_tokens: At most so many tokens; None: until the context window is full.
+        min_tokens: End-of-sequence and stop tokens are ignored before so many tokens.
+        ignore_eos: Go on past the end-of-sequence token.
+        stop_token_ids: Tokens that end the completion and are not part of it.
+        stop_strings: Texts that end the completion; matched by the router.
+        include_stop: Keep the matched stop string in the text.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    include_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None:
+            _within("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
+        _within("min_tokens", self.min_tokens, 0, MAX_TOKEN_ID)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidArgument("min_tokens must not exceed max_tokens", field="min_tokens")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidArgument(f"at most {MAX_STOP_TOKENS} stop tokens are allowed", field="stop_token_ids")
+        for token in self.stop_token_ids:
+            _within("stop_token_ids", token, 0, MAX_TOKEN_ID)
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise InvalidArgument(f"at most {MAX_STOP_STRINGS} stop strings are allowed", field="stop")
+        for text in self.stop_strings:
+            if not 1 <= len(text) <= MAX_STOP_STRING_CHARS:
+                raise InvalidArgument(
+                    f"a stop string must have 1 to {MAX_STOP_STRING_CHARS} characters, not {len(text)}", field="stop"
+                )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.StopConditions) -> StopConditions:
+        """Reads and validates the wire form; raises InvalidArgument."""
+        return cls(
+            max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+            min_tokens=message.min_tokens,
+            ignore_eos=message.ignore_eos,
+            stop_token_ids=tuple(message.stop_token_ids),
+            stop_strings=tuple(message.stop_strings),
+            include_stop=message.include_stop,
+        )
+
+    def to_proto(self) -> common_pb2.StopConditions:
+        """The wire form."""
+        return common_pb2.StopConditions(
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=self.stop_token_ids,
+            stop_strings=self.stop_strings,
+            include_stop=self.include_stop,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Objectives of one request.
+
+    Attributes:
+        ttft: Time to first token, seconds; None: no objective.
+        tpot: Time per output token after the first, seconds; None: no objective.
+    """
+
+    ttft: float | None = None
+    tpot: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InvalidArgument(f"the {name} objective must be a positive number of seconds", field=f"slo.{name}")
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.Slo) -> Slo:
+        """Reads and validates the wire form; raises InvalidArgument."""
+        return cls(
+            ttft=message.ttft_seconds if message.HasField("ttft_seconds") else None,
+            tpot=message.tpot_seconds if message.HasField("tpot_seconds") else None,
+        )
+
+    def to_proto(self) -> common_pb2.Slo:
+        """The wire form."""
+        return common_pb2.Slo(ttft_seconds=self.ttft, tpot_seconds=self.tpot)

@@ -1,0 +1,121 @@
+"""The engine as a child process: started by a front, gone with it.
+
+The child gets one socket and, if wanted, one arena as inherited file descriptors, named on its command line by
+`--link-fd`, `--arena-fd`, `--arena-slots` and `--arena-slot-bytes`. The kernel kills it when the front's main thread
+dies (PR_SET_PDEATHSIG), and the link's end tells it of every other exit. Never a fork: gRPC may be running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from hma_serve.ipc.arena import Arena
+from hma_serve.ipc.link import AsyncLink, SyncLink
+
+_PR_SET_PDEATHSIG = 1
+
+Received = TypeVar("Received", bound=Message)
+
+
+@dataclass
+class EngineProcess(Generic[Received]):
+    """A running engine, as its front sees it.
+
+    Attributes:
+        process: The child.
+        link: Open; messages from the engine arrive here.
+    """
+
+    process: asyncio.subprocess.Process
+    link: AsyncLink[Received]
+
+    async def wait(self) -> int:
+        """Waits for the engine's end; its exit status, negative for a signal."""
+        return await self.process.wait()
+
+    async def stop(self, grace: float = 5.0) -> int:
+        """Closes the link, which asks the engine to leave, and kills it if it has not after `grace` seconds."""
+        await self.link.close()
+        try:
+            return await asyncio.wait_for(self.process.wait(), grace)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            return await self.process.wait()
+
+
+async def spawn_engine(
+    module: str, argv: Sequence[str], *, receives: type[Received], arena: Arena | None = None
+) -> EngineProcess[Received]:
+    """Starts `python -m module ARGV...` as the engine of this process and opens its link.
+
+    Args:
+        module: A module that calls `attach_engine`.
+        argv: The engine's own arguments; those of link and arena are added.
+        receives: Type of the messages that the engine sends.
+        arena: Shared memory to hand over.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    command = [sys.executable, "-m", module, *argv, "--link-fd", str(theirs.fileno())]
+    inherited = [theirs.fileno()]
+    if arena is not None:
+        command += ["--arena-fd", str(arena.fd), "--arena-slots", str(arena.slots)]
+        command += ["--arena-slot-bytes", str(arena.slot_bytes)]
+        inherited.append(arena.fd)
+    try:
+        # The front handles the terminal's Ctrl-C and tells the engine when to leave.
+        process = await asyncio.create_subprocess_exec(*command, pass_fds=inherited, process_group=0)
+    finally:
+        theirs.close()
+    link: AsyncLink[Received] = AsyncLink(ours, receives)
+    await link.open()
+    return EngineProcess(process, link)
+
+
+@dataclass
+class EngineEndpoint(Generic[Received]):
+    """What the child holds of its front.
+
+    Attributes:
+        link: Messages from and to the front.
+        arena: The shared memory, if there is any.
+    """
+
+    link: SyncLink[Received]
+    arena: Arena | None
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `spawn_engine` passes."""
+    group = parser.add_argument_group("set by the parent process")
+    group.add_argument("--link-fd", type=int, required=True)
+    group.add_argument("--arena-fd", type=int)
+    group.add_argument("--arena-slots", type=int, default=0)
+    group.add_argument("--arena-slot-bytes", type=int, default=0)
+
+
+def attach_engine(args: argparse.Namespace, *, receives: type[Received]) -> EngineEndpoint[Received]:
+    """Called first in the child: binds its life to the parent's and opens link and arena."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        sys.exit("the parent process is gone")
+    # The front decides when the engine leaves; a terminal's signals go to it alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=args.link_fd)
+    arena = None
+    if args.arena_fd is not None:
+        arena = Arena.attach(args.arena_fd, args.arena_slots, args.arena_slot_bytes)
+    return EngineEndpoint(SyncLink(sock, receives), arena)

@@ -1,0 +1,187 @@
+"""Length-prefixed protobuf messages over a Unix stream socket, one end on an event loop, the other in a plain loop.
+
+Frames are a 4-byte little-endian length and the serialised message. Messages are small (token ids, slot indices);
+payloads go through the arena. The sending side of `AsyncLink` waits when the socket is full, so a slow engine slows
+its front instead of growing a buffer. `SyncLink.send` blocks for the same reason, for at most `SEND_TIMEOUT`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Generic, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+MAX_MESSAGE = 16 << 20
+"""Bytes; the longest prompt is far below it."""
+
+SEND_TIMEOUT = 30.0
+"""Seconds; a front that reads nothing for so long is taken for dead."""
+
+_LENGTH = struct.Struct("<I")
+_READ_CHUNK = 1 << 18
+
+Received = TypeVar("Received", bound=Message)
+
+
+class LinkClosed(Exception):
+    """The other side is gone or sent what cannot be a message."""
+
+
+def _frame(message: Message) -> bytes:
+    body = message.SerializeToString()
+    if len(body) > MAX_MESSAGE:
+        raise ValueError(f"a message of {len(body)} bytes exceeds the link's limit of {MAX_MESSAGE}")
+    return _LENGTH.pack(len(body)) + body
+
+
+def _parse(kind: type[Received], body: bytes) -> Received:
+    message = kind()
+    try:
+        message.ParseFromString(body)
+    except DecodeError as exc:
+        raise LinkClosed("the other side sent bytes that are not a message") from exc
+    return message
+
+
+def _checked_length(head: bytes) -> int:
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_MESSAGE:
+        raise LinkClosed(f"the other side announced a message of {length} bytes")
+    return int(length)
+
+
+class AsyncLink(Generic[Received]):
+    """The event loop's end. Sending is safe from many tasks; receiving is for one."""
+
+    def __init__(self, sock: socket.socket, receives: type[Received]) -> None:
+        self._sock = sock
+        self._kind = receives
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._sending = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Takes the socket into the running loop; call once before anything else."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._sock)
+
+    async def send(self, message: Message) -> None:
+        """Sends one message and waits while the socket is full.
+
+        Raises:
+            LinkClosed: The other side is gone.
+        """
+        if self._writer is None:
+            raise LinkClosed("the link is not open")
+        async with self._sending:
+            try:
+                self._writer.write(_frame(message))
+                await self._writer.drain()
+            except (ConnectionError, OSError) as exc:
+                raise LinkClosed("the other side is gone") from exc
+
+    async def receive(self) -> Received:
+        """Waits for the next message.
+
+        Raises:
+            LinkClosed: The other side is gone; nothing more will come.
+        """
+        if self._reader is None:
+            raise LinkClosed("the link is not open")
+        try:
+            length = _checked_length(await self._reader.readexactly(_LENGTH.size))
+            return _parse(self._kind, await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError, OSError) as exc:
+            raise LinkClosed("the other side is gone") from exc
+
+    async def __aiter__(self) -> AsyncIterator[Received]:
+        """Yields messages until the other side is gone."""
+        while True:
+            try:
+                message = await self.receive()
+            except LinkClosed:
+                return
+            yield message
+
+    async def close(self) -> None:
+        """Closes the socket; idempotent."""
+        if self._writer is None:
+            self._sock.close()
+            return
+        writer, self._writer, self._reader = self._writer, None, None
+        writer.close()
+        try:
+            await writer.wait_closed()
+        except (ConnectionError, OSError):
+            return
+
+
+class SyncLink(Generic[Received]):
+    """The engine's end, for a single-threaded loop."""
+
+    def __init__(self, sock: socket.socket, receives: type[Received]) -> None:
+        sock.settimeout(SEND_TIMEOUT)
+        self._sock = sock
+        self._kind = receives
+        self._buffer = bytearray()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def send(self, *messages: Message) -> None:
+        """Sends messages in one write.
+
+        Raises:
+            LinkClosed: The other side is gone or has read nothing for `SEND_TIMEOUT`.
+        """
+        try:
+            self._sock.sendall(b"".join(map(_frame, messages)))
+        except OSError as exc:
+            raise LinkClosed("the other side is gone or stuck") from exc
+
+    def receive(self, timeout: float | None) -> list[Received]:
+        """All messages that are there.
+
+        Args:
+            timeout: Seconds to wait for a first message; 0 only looks, None waits for as long as it takes.
+
+        Raises:
+            LinkClosed: The other side is gone and every message of its was returned.
+        """
+        messages = self._complete()
+        if messages:
+            timeout = 0
+        while self._poll.poll(None if timeout is None else timeout * 1000):
+            try:
+                data = self._sock.recv(_READ_CHUNK)
+            except OSError as exc:
+                raise LinkClosed("the other side is gone") from exc
+            if not data:
+                if messages:
+                    return messages
+                raise LinkClosed("the other side is gone")
+            self._buffer += data
+            messages += self._complete()
+            if messages:
+                timeout = 0
+        return messages
+
+    def _complete(self) -> list[Received]:
+        messages: list[Received] = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            length = _checked_length(bytes(self._buffer[start : start + _LENGTH.size]))
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(_parse(self._kind, bytes(self._buffer[start + _LENGTH.size : end])))
+            start = end
+        del self._buffer[:start]
+        return messages
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._sock.close()

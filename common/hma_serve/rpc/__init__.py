@@ -1,0 +1,23 @@
+"""gRPC as the services use it: channels, servers, deadlines, and the one mapping of errors to statuses."""
+
+from hma_serve.rpc.allocator import tune_allocator
+from hma_serve.rpc.channels import MAX_MESSAGE_BYTES, ChannelCache, open_channel
+from hma_serve.rpc.deadlines import deadline_in, remaining
+from hma_serve.rpc.errors import error_detail, from_error_detail, from_rpc_error, to_status
+from hma_serve.rpc.servers import GrpcServer
+from hma_serve.rpc.tls import TlsConfig
+
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "ChannelCache",
+    "GrpcServer",
+    "TlsConfig",
+    "deadline_in",
+    "error_detail",
+    "from_error_detail",
+    "from_rpc_error",
+    "open_channel",
+    "remaining",
+    "to_status",
+    "tune_allocator",
+]
