@@ -1,0 +1,52 @@
+# The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
+.DEFAULT_GOAL := help
+.PHONY: help setup up test lint type verify fix proto bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# More for the programs behind a target: make up ARGS="--decode 2", make test ARGS="-k registry".
+ARGS ?=
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install everything, at the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt hatchling
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $(STAMP)
+
+up: setup ## Serve the demo model from a whole cluster on this machine; Ctrl-C ends it
+	@$(BIN)/hma-serve up $(ARGS)
+
+test: setup ## Run the whole test suite
+	$(BIN)/pytest $(ARGS)
+
+lint: setup ## Check style, import contracts and schemas
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+type: setup ## Check types
+	$(BIN)/mypy
+
+verify: setup ## Fail if a generated file differs from what its source gives
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/generate_stubs.py --check
+
+fix: setup proto ## Repair what tools can repair: format, lint, stubs
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: setup ## Regenerate the stubs from protos/
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/generate_stubs.py
+
+bench: setup ## Print the benchmarks' figures
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## Remove everything that the targets made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The `hma-serve` command."""

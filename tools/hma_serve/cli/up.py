@@ -1,0 +1,357 @@
+"""`hma-serve up`: etcd, a router, prefill and decode workers on this machine, serving one model.
+
+Every part is the process that a cluster would run, started with the flags that a cluster would give. `up` only starts
+them in order, waits until a request can be served, shows one, and takes them down again: router first, so that nothing
+new arrives while the workers drain, etcd last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hma_serve.checkpoint import resolve_checkpoint
+from hma_serve.cli.children import Children
+from hma_serve.core.errors import FailedPrecondition, InvalidArgument, Unavailable
+from hma_serve.core.worker import WorkerInfo
+from hma_serve.registry import Watcher, open_store
+from hma_serve.registry.local_etcd import LocalEtcd
+
+PROFILES = ("f32", "bf16", "tt_bfp8")
+DTYPES = ("bfloat16", "float32")
+SAMPLE_PROMPT = "It was a dark and stormy night, and the old house"
+SAMPLE_TOKENS = 48
+MAX_WORKERS = 64
+
+_POLL_SECONDS = 0.1
+_HTTP_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """What `hma-serve up` runs.
+
+    Attributes:
+        model: `demo`, a checkpoint directory or a Hub id.
+        prefill: Number of prefill workers.
+        decode: Number of decode workers.
+        prefill_profile: How prefill computes and packs.
+        dtype: Decode's weights and generated KV.
+        host: Address that the router listens on.
+        http_port: The router's HTTP port; 0 takes a free one.
+        grpc_port: The router's gRPC port; 0 takes a free one.
+        etcd: URLs of a running etcd; None starts one.
+        data_dir: Keeps etcd's data and the logs; None uses a temporary directory.
+        log_format: Of the children's logs.
+        start_timeout: Seconds until the cluster must be ready.
+        drain: Seconds that each process gets to finish what runs.
+        prefill_arguments: More flags for each prefill worker.
+        decode_arguments: More flags for each decode worker.
+        router_arguments: More flags for the router.
+    """
+
+    model: str
+    prefill: int
+    decode: int
+    prefill_profile: str
+    dtype: str
+    host: str
+    http_port: int
+    grpc_port: int
+    etcd: str | None
+    data_dir: Path | None
+    log_format: str
+    start_timeout: float
+    drain: float
+    prefill_arguments: tuple[str, ...]
+    decode_arguments: tuple[str, ...]
+    router_arguments: tuple[str, ...]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="hma-serve up", description="Serve a model from a whole cluster on this machine."
+    )
+    parser.add_argument("--model", default="demo", help="demo, a checkpoint directory or a Hub id (default: demo)")
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
+    parser.add_argument(
+        "--prefill-profile",
+        choices=PROFILES,
+        default="tt_bfp8",
+        help="prefill's arithmetic and KV codec (default: tt_bfp8)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="decode's weights (default: bfloat16)")
+    parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default: 127.0.0.1)")
+    parser.add_argument("--http-port", type=int, default=8000, help="the router's HTTP port; 0: any (default: 8000)")
+    parser.add_argument("--grpc-port", type=int, default=50051, help="the router's gRPC port; 0: any (default: 50051)")
+    parser.add_argument("--etcd", metavar="URL[,URL]", help="use this etcd instead of starting one")
+    parser.add_argument("--data-dir", type=Path, help="keep etcd's data and the logs here (default: a temporary one)")
+    parser.add_argument("--log-format", choices=("human", "json"), default="human")
+    parser.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS")
+    parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="for running requests, on Ctrl-C")
+    for role in ("prefill", "decode", "router"):
+        parser.add_argument(
+            f"--{role}-arg",
+            action="append",
+            default=[],
+            metavar="FLAG=VALUE",
+            help=f"pass a flag on to each {role}, for example --{role}-arg=--threads=1; may be repeated",
+        )
+    return parser
+
+
+def parse_config(argv: Sequence[str]) -> UpConfig:
+    """Parses and checks the command line; raises InvalidArgument."""
+    args = build_parser().parse_args(argv)
+    for flag, count, least in (("--prefill", args.prefill, 0), ("--decode", args.decode, 1)):
+        if not least <= count <= MAX_WORKERS:
+            raise InvalidArgument(f"{flag} must be between {least} and {MAX_WORKERS}, not {count}", field=flag)
+    for flag, port in (("--http-port", args.http_port), ("--grpc-port", args.grpc_port)):
+        if not 0 <= port <= 65535:
+            raise InvalidArgument(f"{flag} must be between 0 and 65535, not {port}", field=flag)
+    return UpConfig(
+        model=args.model,
+        prefill=args.prefill,
+        decode=args.decode,
+        prefill_profile=args.prefill_profile,
+        dtype=args.dtype,
+        host=args.host,
+        http_port=args.http_port or free_port(args.host),
+        grpc_port=args.grpc_port or free_port(args.host),
+        etcd=args.etcd,
+        data_dir=args.data_dir,
+        log_format=args.log_format,
+        start_timeout=args.start_timeout,
+        drain=args.drain,
+        prefill_arguments=tuple(args.prefill_arg),
+        decode_arguments=tuple(args.decode_arg),
+        router_arguments=tuple(args.router_arg),
+    )
+
+
+def free_port(host: str) -> int:
+    """A port that is free now."""
+    with socket.create_server((host, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int, flag: str) -> None:
+    """Raises FailedPrecondition when the port is taken, before anything is started."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as exc:
+        raise FailedPrecondition(f"port {port} on {host} is taken; choose another with {flag}", field=flag) from exc
+
+
+@contextlib.contextmanager
+def data_directory(chosen: Path | None) -> Iterator[Path]:
+    """The chosen directory, kept; or a temporary one, removed at the end."""
+    if chosen is not None:
+        try:
+            chosen.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise FailedPrecondition(f"cannot use {chosen}: {exc.strerror}", field="--data-dir") from exc
+        yield chosen
+        return
+    directory = Path(tempfile.mkdtemp(prefix="hma-serve-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def etcd_urls(chosen: str | None, directory: Path) -> Iterator[str]:
+    """URLs of the chosen etcd, checked; or of one that lives as long as the context."""
+    if chosen is not None:
+        store = open_store(chosen)
+        try:
+            store.check(timeout=5.0)
+        finally:
+            store.close()
+        yield chosen
+        return
+    with LocalEtcd(directory / "etcd", log_path=directory / "logs" / "etcd.log") as etcd:
+        yield etcd.url
+
+
+def role_command(role: str, *flags: str) -> list[str]:
+    """The command line of one service."""
+    return [sys.executable, "-m", "hma_serve.cli.main", role, *flags]
+
+
+def start_services(config: UpConfig, children: Children, etcd: str) -> None:
+    """Starts decode, prefill and router."""
+    common = ["--model", config.model, "--etcd", etcd, "--log-format", config.log_format]
+    worker = [*common, "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"]
+    for index in range(config.decode):
+        flags = [*worker, "--dtype", config.dtype, *config.decode_arguments]
+        children.start(f"decode-{index}", role_command("decode", *flags))
+    for index in range(config.prefill):
+        flags = [*worker, "--profile", config.prefill_profile, *config.prefill_arguments]
+        children.start(f"prefill-{index}", role_command("prefill", *flags))
+    listen = [
+        "--http-listen",
+        f"{config.host}:{config.http_port}",
+        "--grpc-listen",
+        f"{config.host}:{config.grpc_port}",
+    ]
+    children.start("router", role_command("router", *common, *listen, *config.router_arguments))
+
+
+def is_ready(host: str, port: int) -> bool:
+    """Whether the router's `/ready` answers 200."""
+    connection = http.client.HTTPConnection(host, port, timeout=2.0)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def wait_ready(config: UpConfig, children: Children, etcd: str, stop: threading.Event) -> tuple[WorkerInfo, ...]:
+    """Waits until every worker is registered and the router can serve; returns the workers, none when stopped.
+
+    Raises:
+        Unavailable: A child ended, or the time is up.
+    """
+    deadline = time.monotonic() + config.start_timeout
+    store = open_store(etcd)
+    try:
+        with Watcher(store) as watcher:
+            while not stop.wait(_POLL_SECONDS):
+                children.check()
+                workers = tuple(watcher.current.workers.values())
+                if len(workers) >= config.prefill + config.decode and is_ready(config.host, config.http_port):
+                    return workers
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"the cluster was not ready within {config.start_timeout:g} seconds; "
+                        f"raise --start-timeout or look at the logs"
+                    )
+    finally:
+        store.close()
+    return ()
+
+
+def describe(config: UpConfig, workers: Sequence[WorkerInfo], etcd: str, directory: Path) -> str:
+    """The table of what listens where."""
+    rows = [("router", "HTTP (OpenAI API)", f"http://{config.host}:{config.http_port}")]
+    rows.append(("router", "gRPC (Inference)", f"{config.host}:{config.grpc_port}"))
+    for worker in sorted(workers, key=lambda worker: (worker.role, worker.instance)):
+        detail = worker.profile if worker.profile else config.dtype
+        rows.append((worker.instance, f"gRPC ({detail})", worker.address))
+        rows.append((worker.instance, "metrics", f"http://{worker.http_address}/metrics"))
+    rows.append(("etcd", "client", etcd))
+    if config.data_dir is not None:
+        rows.append(("logs", "", str(directory / "logs")))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"  {name:{widths[0]}}  {what:{widths[1]}}  {where}" for name, what, where in rows)
+
+
+def stream_sample(config: UpConfig) -> Iterator[str]:
+    """One streamed completion through the public API, piece by piece; raises Unavailable when it fails."""
+    body = {"prompt": SAMPLE_PROMPT, "max_tokens": SAMPLE_TOKENS, "temperature": 0.0, "stream": True}
+    connection = http.client.HTTPConnection(config.host, config.http_port, timeout=_HTTP_TIMEOUT)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise Unavailable(f"the sample prompt failed with status {response.status}: {response.read(500)!r}")
+        for line in response:
+            data = line.decode().strip().removeprefix("data: ")
+            if not data or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise Unavailable(f"the sample prompt failed: {event['error'].get('message')}")
+            yield from (choice["text"] for choice in event["choices"])
+    except (OSError, http.client.HTTPException) as exc:
+        raise Unavailable(f"the sample prompt failed: {exc}") from exc
+    finally:
+        connection.close()
+
+
+def show_sample(config: UpConfig) -> None:
+    """Prints the sample prompt and its continuation as it comes."""
+    print(f"\n  {SAMPLE_PROMPT}", end="", flush=True)
+    for text in stream_sample(config):
+        print(text.replace("\n", "\n  "), end="", flush=True)
+    print("\n", flush=True)
+
+
+def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> None:
+    """Runs the cluster until `stop`; raises when it cannot start or a process ends."""
+    resolve_checkpoint(config.model)
+    check_port(config.host, config.http_port, "--http-port")
+    check_port(config.host, config.grpc_port, "--grpc-port")
+    with data_directory(config.data_dir) as directory:
+        children = Children(directory / "logs")
+        print(f"starting {config.decode} decode, {config.prefill} prefill ({config.prefill_profile}) and a router ...")
+        with etcd_urls(config.etcd, directory) as etcd:
+            try:
+                start_services(config, children, etcd)
+                workers = wait_ready(config, children, etcd, stop)
+                if not stop.is_set():
+                    print(describe(config, workers, etcd, directory))
+                    show_sample(config)
+                    print("serving; Ctrl-C drains and stops", flush=True)
+                while not stop.wait(_POLL_SECONDS):
+                    children.check()
+            except BaseException:
+                children.kill()
+                raise
+            take_down(children, config.drain, urgent)
+
+
+def take_down(children: Children, drain: float, urgent: threading.Event) -> None:
+    """Stops the children in order; a second Ctrl-C kills them."""
+    print("\ndraining ...", flush=True)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_POLL_SECONDS):
+            if urgent.is_set():
+                for child in list(children.running):
+                    child.process.kill()
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    killed = children.stop(drain)
+    done.set()
+    watcher.join()
+    print(f"stopped{'; killed ' + ', '.join(killed) if killed else ''}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    config = parse_config(sys.argv[1:] if argv is None else argv)
+    stop, urgent = threading.Event(), threading.Event()
+
+    def on_signal(_number: int, _frame: object) -> None:
+        (urgent if stop.is_set() else stop).set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    # gRPC's own connection chatter is no news for someone who starts a cluster.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    serve(config, stop, urgent)
+    return 0
