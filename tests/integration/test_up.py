@@ -1,0 +1,89 @@
+"""`hma-serve up` as a user meets it: what it prints, how it ends, and what it says when it cannot start."""
+
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from support.cluster import command, environment, free_port, running_cluster, survivors
+
+
+def run_up(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("up", *arguments), capture_output=True, text=True, env=environment(), timeout=timeout, check=False
+    )
+
+
+def test_ctrl_c_drains_exits_0_and_leaves_no_process(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as cluster:
+        for expected in ("OpenAI API", cluster.url, cluster.grpc_address, "tt_bfp8", "metrics", "etcd"):
+            assert expected in cluster.output
+        assert "It was a dark and stormy night" in cluster.output
+        assert httpx.get(f"{cluster.url}/ready").status_code == 200
+        pids = cluster.children()
+        assert len(pids) >= 6  # etcd, router, and front and engine of prefill and decode
+        assert cluster.interrupt() == 0, cluster.output
+        assert survivors(pids) == []
+    assert "killed" not in cluster.output
+
+
+def test_a_killed_up_takes_its_processes_along(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as cluster:
+        pids = cluster.children()
+        cluster.process.kill()
+        cluster.process.wait()
+        assert survivors(pids, within=20) == []
+
+
+def test_a_child_that_dies_ends_the_cluster_with_a_sentence(tmp_path: Path) -> None:
+    with running_cluster(tmp_path) as cluster:
+        pids = cluster.children()
+        decode = next(pid for pid in pids if b"\0decode\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(decode, signal.SIGKILL)
+        assert cluster.process.wait(15) == 1
+        assert survivors(pids) == []
+    assert "decode-0 was ended by SIGKILL" in cluster.output
+
+
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
+def test_a_taken_port_is_named(flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        other = "--grpc-port" if flag == "--http-port" else "--http-port"
+        result = run_up(flag, port, other, str(free_port()))
+    assert result.returncode == 1
+    assert result.stderr.strip() == f"hma-serve up: port {port} on 127.0.0.1 is taken; choose another with {flag}"
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    result = run_up("--model", str(tmp_path / "nowhere"), "--http-port", "0", "--grpc-port", "0")
+    assert result.returncode == 1
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_damaged_checkpoint_ends_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    result = run_up("--model", str(tmp_path / "model"), "--http-port", "0", "--grpc-port", "0")
+    assert result.returncode == 1
+    assert "config.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_etcd_that_does_not_answer_is_named() -> None:
+    result = run_up("--etcd", "http://127.0.0.1:1", "--http-port", "0", "--grpc-port", "0")
+    assert result.returncode == 1
+    assert "etcd" in result.stderr
+    assert "--etcd" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--decode", "0"), ("--prefill", "65"), ("--http-port", "65536")])
+def test_numbers_out_of_range_are_named(arguments: tuple[str, str]) -> None:
+    result = run_up(*arguments)
+    assert result.returncode == 1
+    assert arguments[0] in result.stderr
