@@ -1,0 +1,57 @@
+"""The vendor-neutral quantised KV block format: codecs, manifest, blocks, wire. docs/kv-block-format.md is normative.
+
+Bytes from a peer are only ever refused with a `KvFormatError`. Nothing here does I/O, keeps threads or knows
+the rest of the product; payloads are views, so whoever passes a buffer in keeps it alive and unchanged.
+"""
+
+from hma_serve.kvblock.block import Block, validate_block
+from hma_serve.kvblock.codecs import Codec, Payload, Section, codec, codec_for, codec_names
+from hma_serve.kvblock.coverage import Coverage
+from hma_serve.kvblock.errors import KvFormatError
+from hma_serve.kvblock.frame import decode_frame, encode_frame
+from hma_serve.kvblock.limits import (
+    BEST_PAYLOAD_BYTES,
+    FORMAT_MAJOR,
+    FORMAT_MINOR,
+    GROUP_TOKENS,
+    HEADER_ROOM_BYTES,
+    MAX_MESSAGE_BYTES,
+    Limits,
+)
+from hma_serve.kvblock.manifest import RolePlan, StreamPlan, build_manifest, validate_manifest
+from hma_serve.kvblock.pairing import Acceptance, check_offer, check_plan
+from hma_serve.kvblock.split import Rectangle, split_blocks
+from hma_serve.kvblock.stream import StreamReader, StreamWriter
+
+__all__ = [
+    "BEST_PAYLOAD_BYTES",
+    "FORMAT_MAJOR",
+    "FORMAT_MINOR",
+    "GROUP_TOKENS",
+    "HEADER_ROOM_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "Acceptance",
+    "Block",
+    "Codec",
+    "Coverage",
+    "KvFormatError",
+    "Limits",
+    "Payload",
+    "Rectangle",
+    "RolePlan",
+    "Section",
+    "StreamPlan",
+    "StreamReader",
+    "StreamWriter",
+    "build_manifest",
+    "check_offer",
+    "check_plan",
+    "codec",
+    "codec_for",
+    "codec_names",
+    "decode_frame",
+    "encode_frame",
+    "split_blocks",
+    "validate_block",
+    "validate_manifest",
+]

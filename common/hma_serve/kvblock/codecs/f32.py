@@ -1,0 +1,52 @@
+"""`f32`: IEEE binary32, little-endian, row-major. Exact, so that tests can separate the system from its codecs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hma_serve.kvblock.codecs.base import Codec, check_encodable, check_positive
+from hma_serve.kvblock.limits import GROUP_TOKENS
+from hma_serve.v1.kv_block_pb2 import KV_CODEC_ID_F32, KV_ROUNDING_NEAREST_EVEN
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hma_serve.v1.kv_block_pb2 import KvRounding
+
+_FIRST_NON_FINITE = 0x7F800000
+
+
+class F32(Codec):
+    """Unit: 32 tokens x head_dim float32. Bans Inf and NaN."""
+
+    id = KV_CODEC_ID_F32
+    name = "f32"
+
+    def group_bytes(self, head_dim: int) -> int:
+        """128 bytes a channel."""
+        return GROUP_TOKENS * head_dim * 4
+
+    def check_geometry(self, head_dim: int) -> None:
+        """Any positive head_dim."""
+        check_positive(self.name, head_dim)
+
+    def encode(
+        self, values: NDArray[np.float32], rounding: KvRounding.ValueType = KV_ROUNDING_NEAREST_EVEN
+    ) -> NDArray[np.uint8]:
+        """Nothing is rounded, so every `rounding` is the same."""
+        del rounding
+        check_encodable(values)
+        heads, tokens, head_dim = values.shape
+        words = np.ascontiguousarray(values, dtype="<f4")
+        return words.view(np.uint8).reshape(heads, tokens // GROUP_TOKENS, self.group_bytes(head_dim))
+
+    def _decode(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        return payload.view("<f4").reshape(heads, tokens, head_dim).astype(np.float32)
+
+    def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
+        del head_dim
+        positive = int(payload.view("<i4").max()) >= _FIRST_NON_FINITE
+        negative = int(payload.view("<u4").max()) >= _FIRST_NON_FINITE | 0x80000000
+        return "Inf and NaN" if positive or negative else ""

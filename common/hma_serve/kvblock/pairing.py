@@ -1,0 +1,107 @@
+"""Whether a receiver can read what a producer sends: meaning is compared, software never.
+
+Run before anything is held: on the offer when a pair is made, and again on the manifest when the stream
+opens. The first difference is reported by name, in the words of the field that differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hma_serve.kvblock.codecs import codec_for
+from hma_serve.kvblock.errors import Incompatible
+from hma_serve.v1.kv_block_pb2 import KvRope, KvRopePairing
+
+if TYPE_CHECKING:
+    from hma_serve.kvblock.codecs import Codec
+    from hma_serve.kvblock.manifest import StreamPlan
+    from hma_serve.v1.decode_pb2 import KvOffer
+    from hma_serve.v1.kv_block_pb2 import KvCodecSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What one receiver reads: its model's meaning, and the codecs it has readers for.
+
+    Attributes:
+        model_fingerprint: SHA-256 hex of weights revision, config and K offset.
+        layers: Layers of the model; a manifest covers all of them.
+        kv_heads: KV heads of every layer.
+        head_dim: Channels of a head.
+        codecs: Readable codecs.
+        rope: How the model applies RoPE to keys; None: not at all.
+        qk_norm: The model normalises keys per head before RoPE.
+        rotation_id: Rotation that the receiver undoes; 0: none.
+        k_offsets: The receiver adds q.c to the scores of offset blocks.
+    """
+
+    model_fingerprint: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    codecs: tuple[Codec, ...]
+    rope: KvRope | None
+    qk_norm: bool
+    rotation_id: int = 0
+    k_offsets: bool = False
+
+
+def check_offer(offer: KvOffer, accepts: Acceptance) -> None:
+    """Refuse to pair with a producer whose KV would be misread.
+
+    Raises:
+        Incompatible: Naming the field that differs.
+        UnknownCodec: A codec of which this build knows nothing.
+    """
+    _same("model_fingerprint", offer.model_fingerprint, accepts.model_fingerprint)
+    _check_codec("k_codec", offer.k_codec, accepts)
+    _check_codec("v_codec", offer.v_codec, accepts)
+    _check_rope(offer.rope, accepts.rope)
+
+
+def check_plan(plan: StreamPlan, accepts: Acceptance) -> None:
+    """Refuse a stream whose KV would be misread; its manifest is valid in itself.
+
+    Raises:
+        Incompatible: Naming the field that differs.
+    """
+    manifest = plan.manifest
+    _same("model_fingerprint", manifest.model_fingerprint, accepts.model_fingerprint)
+    _check_geometry(plan, accepts)
+    for index, spec in enumerate(manifest.codecs):
+        _check_codec(f"codecs[{index}]", spec, accepts)
+    _check_rope(manifest.rope, accepts.rope)
+    _same("qk_norm", manifest.qk_norm, accepts.qk_norm)
+    _same("rotation_id", manifest.rotation_id, accepts.rotation_id)
+    if manifest.k_offsets and not accepts.k_offsets:
+        raise Incompatible("the producer subtracts K offsets, the receiver does not add them", field="k_offsets")
+
+
+def _check_geometry(plan: StreamPlan, accepts: Acceptance) -> None:
+    _same("layers", plan.layers, tuple(range(accepts.layers)))
+    for (layer, role), role_plan in plan.roles.items():
+        where = f"(layer {layer}, role {role})"
+        _same("kv_heads", role_plan.kv_heads, accepts.kv_heads, where)
+        _same("head_dim", role_plan.head_dim, accepts.head_dim, where)
+    if len(plan.roles) != 2 * accepts.layers:
+        raise Incompatible("a layer lacks K or V", field="roles")
+
+
+def _check_codec(field: str, spec: KvCodecSpec, accepts: Acceptance) -> None:
+    codec = codec_for(spec, field=field)
+    if codec not in accepts.codecs:
+        names = ", ".join(known.name for known in accepts.codecs)
+        raise Incompatible(f"the producer sends {codec.name}, the receiver accepts {names}", field=field)
+
+
+def _check_rope(offered: KvRope, wanted: KvRope | None) -> None:
+    wanted = wanted or KvRope()
+    _same("rope.pairing", KvRopePairing.Name(offered.pairing), KvRopePairing.Name(wanted.pairing))
+    _same("rope.theta", offered.theta, wanted.theta)
+    _same("rope.scaling_hash", offered.scaling_hash, wanted.scaling_hash)
+
+
+def _same(field: str, offered: object, wanted: object, where: str = "") -> None:
+    if offered != wanted:
+        raise Incompatible(f"the producer has {offered!r}, the receiver {wanted!r} {where}".rstrip(), field=field)
