@@ -6,7 +6,75 @@ process of its own, so unused metrics of other roles are created only by the rol
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry(auto_describe=True)
 """The process's registry; prometheus_client's global one is left to the embedding program."""
+
+
+# Router. --------------------------------------------------------------------------------------------------------------
+
+_REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 30, 60)
+_TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterMetrics:
+    """What a router counts. A *request* is what a client sent; a *completion* is one of its choices."""
+
+    requests: Counter
+    request_seconds: Histogram
+    queue_seconds: Histogram
+    time_to_first_token_seconds: Histogram
+    time_per_output_token_seconds: Histogram
+    prompt_tokens: Counter
+    generated_tokens: Counter
+    shed: Counter
+    retries: Counter
+    local_prefills: Counter
+    running: Gauge
+    waiting: Gauge
+    workers: Gauge
+    vllm_running: Gauge
+    vllm_waiting: Gauge
+
+
+def router_metrics(registry: CollectorRegistry = REGISTRY) -> RouterMetrics:
+    """Creates the router's metrics; once per registry."""
+
+    def counter(name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"hma_router_{name}", text, labels, registry=registry)
+
+    def gauge(name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, registry=registry)
+
+    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"hma_router_{name}", text, registry=registry, buckets=buckets)
+
+    return RouterMetrics(
+        requests=counter("requests_total", "Requests ended, by outcome: ok or the error's code.", "outcome"),
+        request_seconds=histogram("request_seconds", "From arrival to the last token.", _REQUEST_BUCKETS),
+        queue_seconds=histogram("queue_seconds", "From arrival until a pair of workers had room.", _TTFT_BUCKETS),
+        time_to_first_token_seconds=histogram(
+            "time_to_first_token_seconds", "From arrival to the completion's first token.", _TTFT_BUCKETS
+        ),
+        time_per_output_token_seconds=histogram(
+            "time_per_output_token_seconds", "Mean over a completion's tokens after the first.", _TPOT_BUCKETS
+        ),
+        prompt_tokens=counter("prompt_tokens_total", "Prompt tokens of accepted requests."),
+        generated_tokens=counter("generated_tokens_total", "Tokens relayed to clients."),
+        shed=counter("shed_total", "Requests refused because of overload, by reason.", "reason"),
+        retries=counter("retries_total", "Attempts repeated on another pair, by the leg that failed.", "leg"),
+        local_prefills=counter(
+            "local_prefills_total", "Long prompts that decode computed itself, for want of a prefill worker."
+        ),
+        running=gauge("hma_router_running_requests", "Requests accepted and not ended, the waiting ones included."),
+        waiting=gauge("hma_router_waiting_requests", "Completions that wait for a pair of workers."),
+        workers=gauge("hma_router_workers", "Workers of the served model, by role and state.", "role", "state"),
+        # The names that existing gateways and load tools read.
+        vllm_running=gauge("vllm:num_requests_running", "As hma_router_running_requests."),
+        vllm_waiting=gauge("vllm:num_requests_waiting", "As hma_router_waiting_requests."),
+    )
