@@ -1,0 +1,30 @@
+"""`python -m bench [NAME ...]`: runs the named benchmarks, or all that need no accelerator."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from bench.figures import provenance, show
+
+BENCHMARKS = {
+    "kv_stream": "KV stream, numpy to numpy between two processes: gRPC against plain sockets, 1 MiB blocks",
+    "codecs": "codecs on the CPU against a torch copy of the same output",
+}
+
+
+def main(names: list[str]) -> int:
+    """Runs benchmarks; returns the exit status."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"no benchmark named {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    print(provenance())
+    for name in names or BENCHMARKS:
+        module = importlib.import_module(f"bench.{name}")
+        show(BENCHMARKS[name], module.run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
