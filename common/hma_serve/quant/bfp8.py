@@ -1,0 +1,118 @@
+"""`tt_bfp8_b`: 8-bit block float in Tenstorrent's tiles, and the same quantisation without forming tiles.
+
+Arithmetic is on powers of two alone, so that every step is exact in float32 and results do not depend on the
+device: for 16 values with largest exponent E, magnitude = round(|x| * 2^(133 - E)) and x' = magnitude * 2^(E
+- 133).
+
+The decoder runs for every block of pages inside attention, so it is written for few operations: table look-up
+for the steps (a 256-entry table per device), magnitudes by a mask, the sign by `copysign`, and one permuting
+copy at the end.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch.nn.functional import hardshrink
+
+from hma_serve.quant.base import GROUP_TOKENS, Rounding, TorchCodec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TILE: Final = 32
+FACE: Final = 16
+EXPONENT_BYTES: Final = 64
+TILE_BYTES: Final = EXPONENT_BYTES + TILE * TILE
+_LARGEST: Final = 127
+_LARGEST_SUBNORMAL: Final = 2.0**-126 - 2.0**-149
+_SMALLEST_POWER: Final = 2.0**-120  # exponent 7: groups below decode to zero
+
+
+class TtBfp8B(TorchCodec):
+    """head_dim / 32 tiles of 1088 bytes; bit for bit the vendor's host packer, or its chip's with `nearest_away`."""
+
+    name = "tt_bfp8_b"
+
+    def group_bytes(self, head_dim: int) -> int:
+        """34 bytes a channel."""
+        return head_dim // TILE * TILE_BYTES
+
+    def _encode(self, x: Tensor, rounding: Rounding) -> Tensor:
+        units, _, head_dim = x.shape
+        if head_dim % TILE:
+            raise ValueError(f"tt_bfp8_b needs a multiple of {TILE} channels, not {head_dim}")
+        faces = x.view(units, 2, FACE, head_dim // TILE, 2, FACE).permute(0, 3, 1, 4, 2, 5)
+        values = hardshrink(faces.to(torch.float32).contiguous(), _LARGEST_SUBNORMAL)
+        exponents = values.abs().amax(-1, keepdim=True).view(torch.int32) >> 23
+        scale = ((255 - exponents.clamp(min=1)) << 23).view(torch.float32)  # 2^(128 - E), always normal
+        codes = _round(values.mul_(scale).mul_(32.0), rounding).clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+        tiles = torch.empty((units, head_dim // TILE, TILE_BYTES), dtype=torch.uint8, device=x.device)
+        tiles[..., :EXPONENT_BYTES] = exponents.view(units, -1, EXPONENT_BYTES)
+        tiles[..., EXPONENT_BYTES:] = (codes.abs() | (codes & -128)).view(torch.uint8).view(units, -1, TILE * TILE)
+        return tiles.view(units, -1)
+
+    def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        units, unit_bytes = packed.shape
+        if unit_bytes % TILE_BYTES:
+            raise ValueError(f"tt_bfp8_b has no units of {unit_bytes} bytes")
+        tiles = packed.view(-1, TILE_BYTES)
+        elements = tiles[:, EXPONENT_BYTES:]
+        steps = _steps(packed.device).index_select(0, tiles[:, :EXPONENT_BYTES].reshape(-1).int())
+        values = (elements & _LARGEST).float()
+        values.view(-1, FACE).mul_(steps.unsqueeze(1))
+        values.copysign_(elements.view(torch.int8))
+        faces = values.to(dtype).view(units, -1, 2, 2, FACE, FACE)
+        return faces.permute(0, 2, 4, 1, 3, 5).reshape(units * GROUP_TOKENS, -1)
+
+
+def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_even") -> Tensor:
+    """Quantise and dequantise groups of 16 along an axis, as a tile would, without packing.
+
+    Along the last axis of [..., tokens, head_dim] the result equals the codec's `decode(encode(x))` in every value (zeros may
+    differ in sign). A group that holds Inf or NaN becomes NaN.
+
+    Args:
+        x: float32 or bfloat16; the axis is a multiple of 16 long.
+        axis: Along which 16 neighbours share an exponent.
+        rounding: What happens half-way.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: The axis does not divide into groups, or the dtype is another.
+    """
+    if x.shape[axis] % FACE:
+        raise ValueError(f"axis of {x.shape[axis]} does not divide into groups of {FACE}")
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"expected float32 or bfloat16, not {x.dtype}")
+    moved = x.movedim(axis, -1)
+    values = hardshrink(moved.to(torch.float32).contiguous().view(-1, FACE), _LARGEST_SUBNORMAL)
+    largest = values.abs().amax(1, keepdim=True)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^(E - 127); Inf for Inf and NaN
+    scale = 64.0 / power.clamp(min=_SMALLEST_POWER)
+    step = torch.where(power < _SMALLEST_POWER, 0.0, power * 2.0**-6)
+    _round(values.mul_(scale), rounding).clamp_(-_LARGEST, _LARGEST).mul_(step)
+    return values.to(x.dtype).view(moved.shape).movedim(-1, axis)
+
+
+def _round(values: Tensor, rounding: Rounding) -> Tensor:
+    """Round to whole numbers in place."""
+    if rounding == "nearest_even":
+        return values.round_()
+    if rounding == "nearest_away":
+        whole = values.trunc()
+        return values.sub_(whole).mul_(2.0).trunc_().add_(whole)  # |x| + 0.5 could itself round up
+    raise ValueError(f"bfp8 rounds nearest_even or nearest_away, not {rounding}")
+
+
+@cache
+def _steps(device: torch.device) -> Tensor:
+    """What one unit of magnitude is worth, float32 [256] by exponent: 2^(E - 133), 0 below 7, NaN at 255."""
+    exponents = torch.arange(256, dtype=torch.int32)
+    steps = ((exponents - 6).clamp(min=0) << 23).view(torch.float32)
+    steps[255] = torch.nan
+    return steps.to(device)
