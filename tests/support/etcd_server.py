@@ -16,6 +16,11 @@ def etcd_binaries() -> list[Path]:
     return [find_etcd(), *([DEBIAN] if os.access(DEBIAN, os.X_OK) else [])]
 
 
+def binary_name(binary: Path) -> str:
+    """For a test's id."""
+    return "debian" if binary == DEBIAN else "distro"
+
+
 class EtcdServer(LocalEtcd):
     """A `LocalEtcd` that can be killed, restarted on its data and ports, stopped and continued."""
 
