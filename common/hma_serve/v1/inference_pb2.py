@@ -22,32 +22,37 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from hma_serve.v1 import common_pb2 as hma__serve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chma_serve/v1/inference.proto\x12\x0chma_serve.v1\x1a\x19hma_serve/v1/common.proto\"\xbc\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.hma_serve.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.hma_serve.v1.SamplingParams\x12*\n\x04stop\x18\x05 \x01(\x0b\x32\x1c.hma_serve.v1.StopConditions\x12\x1e\n\x03slo\x18\x06 \x01(\x0b\x32\x11.hma_serve.v1.Slo\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x19\n\x11\x63lient_request_id\x18\x08 \x01(\t\x12\t\n\x01n\x18\t \x01(\r\x12\x1f\n\x17return_prompt_token_ids\x18\n \x01(\x08\x42\x08\n\x06prompt\"\x98\x04\n\x10GenerateResponse\x12\x39\n\x07started\x18\x01 \x01(\x0b\x32&.hma_serve.v1.GenerateResponse.StartedH\x00\x12\x39\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32(.hma_serve.v1.GenerateResponse.TextDeltaH\x00\x12;\n\x08\x66inished\x18\x03 \x01(\x0b\x32\'.hma_serve.v1.GenerateResponse.FinishedH\x00\x1a]\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x1aj\n\tTextDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.hma_serve.v1.TokenLogprobs\x1a}\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.hma_serve.v1.FinishReason\x12\x12\n\nstop_match\x18\x03 \x01(\t\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.hma_serve.v1.UsageB\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.hma_serve.v1.Model\"]\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x1c\n\x14\x63reated_unix_seconds\x18\x04 \x01(\x03\x32\xa9\x01\n\tInference\x12K\n\x08Generate\x12\x1d.hma_serve.v1.GenerateRequest\x1a\x1e.hma_serve.v1.GenerateResponse0\x01\x12O\n\nListModels\x12\x1f.hma_serve.v1.ListModelsRequest\x1a .hma_serve.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chma_serve/v1/inference.proto\x12\x0chma_serve.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x19hma_serve/v1/common.proto\"\xe6\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.hma_serve.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x0b \x01(\x0b\x32\x18.hma_serve.v1.ChatPromptH\x00\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.hma_serve.v1.SamplingParams\x12*\n\x04stop\x18\x05 \x01(\x0b\x32\x1c.hma_serve.v1.StopConditions\x12\x1e\n\x03slo\x18\x06 \x01(\x0b\x32\x11.hma_serve.v1.Slo\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x19\n\x11\x63lient_request_id\x18\x08 \x01(\t\x12\t\n\x01n\x18\t \x01(\r\x12\x1f\n\x17return_prompt_token_ids\x18\n \x01(\x08\x42\x08\n\x06prompt\"\xa9\x01\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.hma_serve.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x30\n\x0ftemplate_kwargs\x18\x03 \x01(\x0b\x32\x17.google.protobuf.StructB\x18\n\x16_add_generation_prompt\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\x98\x04\n\x10GenerateResponse\x12\x39\n\x07started\x18\x01 \x01(\x0b\x32&.hma_serve.v1.GenerateResponse.StartedH\x00\x12\x39\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32(.hma_serve.v1.GenerateResponse.TextDeltaH\x00\x12;\n\x08\x66inished\x18\x03 \x01(\x0b\x32\'.hma_serve.v1.GenerateResponse.FinishedH\x00\x1a]\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x1aj\n\tTextDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.hma_serve.v1.TokenLogprobs\x1a}\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.hma_serve.v1.FinishReason\x12\x12\n\nstop_match\x18\x03 \x01(\t\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.hma_serve.v1.UsageB\x07\n\x05\x65vent\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.hma_serve.v1.Model\"]\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x1c\n\x14\x63reated_unix_seconds\x18\x04 \x01(\x03\x32\xa9\x01\n\tInference\x12K\n\x08Generate\x12\x1d.hma_serve.v1.GenerateRequest\x1a\x1e.hma_serve.v1.GenerateResponse0\x01\x12O\n\nListModels\x12\x1f.hma_serve.v1.ListModelsRequest\x1a .hma_serve.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hma_serve.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=74
-  _globals['_GENERATEREQUEST']._serialized_end=390
-  _globals['_GENERATERESPONSE']._serialized_start=393
-  _globals['_GENERATERESPONSE']._serialized_end=929
-  _globals['_GENERATERESPONSE_STARTED']._serialized_start=592
-  _globals['_GENERATERESPONSE_STARTED']._serialized_end=685
-  _globals['_GENERATERESPONSE_TEXTDELTA']._serialized_start=687
-  _globals['_GENERATERESPONSE_TEXTDELTA']._serialized_end=793
-  _globals['_GENERATERESPONSE_FINISHED']._serialized_start=795
-  _globals['_GENERATERESPONSE_FINISHED']._serialized_end=920
-  _globals['_LISTMODELSREQUEST']._serialized_start=931
-  _globals['_LISTMODELSREQUEST']._serialized_end=950
-  _globals['_LISTMODELSRESPONSE']._serialized_start=952
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1009
-  _globals['_MODEL']._serialized_start=1011
-  _globals['_MODEL']._serialized_end=1104
-  _globals['_INFERENCE']._serialized_start=1107
-  _globals['_INFERENCE']._serialized_end=1276
+  _globals['_GENERATEREQUEST']._serialized_start=104
+  _globals['_GENERATEREQUEST']._serialized_end=462
+  _globals['_CHATPROMPT']._serialized_start=465
+  _globals['_CHATPROMPT']._serialized_end=634
+  _globals['_CHATMESSAGE']._serialized_start=636
+  _globals['_CHATMESSAGE']._serialized_end=708
+  _globals['_GENERATERESPONSE']._serialized_start=711
+  _globals['_GENERATERESPONSE']._serialized_end=1247
+  _globals['_GENERATERESPONSE_STARTED']._serialized_start=910
+  _globals['_GENERATERESPONSE_STARTED']._serialized_end=1003
+  _globals['_GENERATERESPONSE_TEXTDELTA']._serialized_start=1005
+  _globals['_GENERATERESPONSE_TEXTDELTA']._serialized_end=1111
+  _globals['_GENERATERESPONSE_FINISHED']._serialized_start=1113
+  _globals['_GENERATERESPONSE_FINISHED']._serialized_end=1238
+  _globals['_LISTMODELSREQUEST']._serialized_start=1249
+  _globals['_LISTMODELSREQUEST']._serialized_end=1268
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1270
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1327
+  _globals['_MODEL']._serialized_start=1329
+  _globals['_MODEL']._serialized_end=1422
+  _globals['_INFERENCE']._serialized_start=1425
+  _globals['_INFERENCE']._serialized_end=1594
 # @@protoc_insertion_point(module_scope)
