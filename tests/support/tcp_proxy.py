@@ -38,6 +38,10 @@ class TcpProxy:
         """Forwards nothing until `heal`."""
         self._set(frozen=True)
 
+    def redirect(self, target: tuple[str, int]) -> None:
+        """Connections from now on go to another place."""
+        self._target = target
+
     def heal(self) -> None:
         """Forwards again."""
         self._set()
