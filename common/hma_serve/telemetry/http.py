@@ -14,6 +14,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from hma_serve.core.errors import FailedPrecondition
 from hma_serve.telemetry.metrics import REGISTRY
 
+_SHUTDOWN_SECONDS = 1.0
+
 NotReady = Callable[[], str | None]
 """Why the service is not ready; None when it is."""
 
@@ -48,7 +50,15 @@ async def serve_app(app: web.Application, listen: str) -> tuple[web.AppRunner, s
         FailedPrecondition: The address cannot be bound.
     """
     host, _, port = listen.rpartition(":")
-    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handle_signals=False,
+        # A client that goes away cancels its handler: nothing is computed for nobody.
+        handler_cancellation=True,
+        # Services drain before they clean up; what is left then has had its time.
+        shutdown_timeout=_SHUTDOWN_SECONDS,
+    )
     await runner.setup()
     site = web.TCPSite(runner, host or None, int(port), reuse_address=True, reuse_port=False)
     try:

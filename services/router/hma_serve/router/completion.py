@@ -1,0 +1,391 @@
+"""The way of a request through the router, the same for HTTP and gRPC.
+
+Validate, tokenize, queue, dispatch, detokenize, look for stop strings. Everything that can be wrong with a request is
+found by `prepare`, before anything is promised to the client; the limits that need the model or the fleet stand here
+and nowhere else (those of single numbers stand in `core.request`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from hma_serve.core.errors import ContextLengthExceeded, HmaError, InvalidArgument, NotFound, Unavailable
+from hma_serve.core.request import MAX_SEED, SamplingParams, Slo, StopConditions
+from hma_serve.router.admission import Shed
+from hma_serve.router.attempt import Job
+from hma_serve.router.dispatch import Dispatcher, Ended, Placed, Tokens
+from hma_serve.router.fleet import Fleet
+from hma_serve.router.generated_text import GeneratedText
+from hma_serve.router.merge import merge
+from hma_serve.router.model import ServedModel
+from hma_serve.telemetry.metrics import RouterMetrics
+from hma_serve.text import TokenizingPool
+from hma_serve.v1 import common_pb2
+
+MAX_COMPLETIONS = 32
+"""Completions that one request may ask for: prompts times `n`."""
+
+Prompt = str | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What a client asks for, before it is compared with the model and the fleet.
+
+    Attributes:
+        prompts: Texts or token ids; at least one.
+        model: Name of the model; empty: the one there is.
+        sampling: How tokens are drawn.
+        stop: When completions end.
+        default_max_tokens: Length when `stop.max_tokens` is absent, cut to the window; None: the whole window.
+        n: Completions of each prompt.
+        slo: Objectives.
+        priority: Higher goes first.
+        client_request_id: For logs and traces only.
+        timeout: Seconds the client is willing to wait; None: the router's limit.
+    """
+
+    prompts: tuple[Prompt, ...]
+    model: str = ""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: StopConditions = field(default_factory=StopConditions)
+    default_max_tokens: int | None = None
+    n: int = 1
+    slo: Slo = field(default_factory=Slo)
+    priority: int = 0
+    client_request_id: str = ""
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that can be run.
+
+    Attributes:
+        request_id: Minted here; a client's id never keys anything.
+        model: The served model's name.
+        prompts: Token ids.
+        jobs: One per completion, those of the first prompt first.
+    """
+
+    request_id: str
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first event, once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of one completion.
+
+    Attributes:
+        index: Which one.
+        text: May be empty while a character is incomplete or a stop string may be forming.
+        token_ids: May be empty when text that was held back comes at the end.
+        logprobs: As many as token ids, if they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of one completion.
+
+    Attributes:
+        index: Which one.
+        reason: Why it ended.
+        stop_match: The stop string, or the id of the stop token, that ended it.
+        completion_tokens: Its length.
+        cached_tokens: Prompt tokens whose computation a cache saved.
+    """
+
+    index: int
+    reason: common_pb2.FinishReason.ValueType
+    stop_match: str | int | None
+    completion_tokens: int
+    cached_tokens: int
+
+
+Event = Started | Delta | Finished
+
+
+class Completions:
+    """Serves completions of one model.
+
+    Args:
+        model: What is served.
+        tokenizing: Turns texts into tokens.
+        dispatcher: Runs jobs on the fleet.
+        fleet: The workers as known now, for the window and the names of the model.
+        metrics: The router's.
+        request_timeout: Seconds that any request may take.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        tokenizing: TokenizingPool,
+        dispatcher: Dispatcher,
+        fleet: Callable[[], Fleet],
+        metrics: RouterMetrics,
+        *,
+        request_timeout: float = 600.0,
+    ) -> None:
+        self.model = model
+        self._tokenizing = tokenizing
+        self._dispatcher = dispatcher
+        self._fleet = fleet
+        self._metrics = metrics
+        self._request_timeout = request_timeout
+        self._running = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def running(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return self._running
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    @property
+    def window(self) -> int:
+        """Tokens that a prompt and its completion may have together."""
+        return min(self.model.max_positions, self._fleet().max_model_len or self.model.max_positions)
+
+    def names(self) -> list[str]:
+        """The names of the model: the router's own, then others that its workers registered."""
+        fleet = self._fleet()
+        registered = {view.info.model.id for view in (*fleet.decodes, *fleet.prefills)}
+        return [self.model.name, *sorted(registered - {self.model.name})]
+
+    async def drain(self, grace: float) -> None:
+        """Takes no new requests and waits for the running ones, at most `grace` seconds."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        except TimeoutError:
+            return
+
+    # Validation.
+
+    async def prepare(self, request: CompletionRequest) -> Prepared:
+        """Validates and tokenizes; counts a refused request.
+
+        Raises:
+            HmaError: What is wrong, with the field at fault.
+        """
+        try:
+            return await self._prepare(request, asyncio.get_running_loop().time())
+        except HmaError as exc:
+            self._metrics.requests.labels(exc.code).inc()
+            raise
+
+    async def _prepare(self, request: CompletionRequest, arrived: float) -> Prepared:
+        if self._draining:
+            raise Unavailable("this router is shutting down", retry_after=1.0)
+        model = self._model_name(request.model)
+        if not request.prompts:
+            raise InvalidArgument("prompt must not be empty", field="prompt")
+        if request.n < 1 or request.n * len(request.prompts) > MAX_COMPLETIONS:
+            raise InvalidArgument(f"n times prompts must be between 1 and {MAX_COMPLETIONS}", field="n")
+        self._check_vocabulary(request.sampling.logit_bias, "logit_bias")
+        self._check_vocabulary(request.stop.stop_token_ids, "stop_token_ids")
+        prompts = tuple([await self._token_ids(prompt) for prompt in request.prompts])
+        request_id = secrets.token_hex(16)
+        timeout = min(self._request_timeout, self._request_timeout if request.timeout is None else request.timeout)
+        template = Job(
+            request_id=request_id,
+            model=model,
+            prompt=(),
+            max_tokens=0,
+            sampling=request.sampling,
+            stop=request.stop,
+            arrived=arrived,
+            deadline=arrived + timeout,
+            client_request_id=request.client_request_id,
+            slo=request.slo,
+            priority=request.priority,
+        )
+        jobs = [
+            replace(
+                template,
+                request_id=f"{request_id}-{position * request.n + copy}",
+                prompt=prompt,
+                max_tokens=self._max_tokens(request, len(prompt)),
+                sampling=_sampling_of_copy(request.sampling, copy),
+            )
+            for position, prompt in enumerate(prompts)
+            for copy in range(request.n)
+        ]
+        return Prepared(request_id, model, prompts, tuple(jobs))
+
+    def _model_name(self, asked: str) -> str:
+        names = self.names()
+        if not asked:
+            return names[0]
+        if asked not in names:
+            raise NotFound(f"the model {asked[:200]!r} does not exist; this server has {names}", field="model")
+        return asked
+
+    async def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            ids = tuple(await self._tokenizing.encode(prompt))
+        else:
+            ids = prompt
+            self._check_vocabulary(ids, "prompt")
+        if not ids:
+            raise InvalidArgument("prompt must not be empty", field="prompt")
+        if len(ids) >= self.window:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(ids)} tokens; the model's window is {self.window}, and the completion needs at "
+                "least one of them",
+                field="prompt",
+            )
+        return ids
+
+    def _check_vocabulary(self, ids: Iterable[int], field_name: str) -> None:
+        worst = max(ids, default=0)
+        if worst >= self.model.vocab_size:
+            raise InvalidArgument(
+                f"{field_name} has token id {worst}; the model's vocabulary ends at {self.model.vocab_size - 1}",
+                field=field_name,
+            )
+
+    def _max_tokens(self, request: CompletionRequest, prompt_tokens: int) -> int:
+        room = self.window - prompt_tokens
+        asked = request.stop.max_tokens
+        if asked is None:
+            return min(room, request.default_max_tokens or room)
+        if asked > room:
+            raise ContextLengthExceeded(
+                f"the prompt's {prompt_tokens} tokens and max_tokens={asked} do not fit the model's window of "
+                f"{self.window} tokens",
+                field="max_tokens",
+            )
+        return asked
+
+    # Running.
+
+    async def run(self, prepared: Prepared) -> AsyncGenerator[Event, None]:
+        """Yields the request's events: `Started`, deltas, one `Finished` per completion.
+
+        Close it (`contextlib.aclosing`) when leaving early: that frees the workers.
+
+        Raises:
+            HmaError: The request was shed or failed.
+        """
+        loop = asyncio.get_running_loop()
+        self._begin()
+        outcome = "cancelled"
+        started = False
+        try:
+            streams = [self._completion(index, job) for index, job in enumerate(prepared.jobs)]
+            async with aclosing(merge(streams)) as events:
+                async for event in events:
+                    if not started:
+                        started = True
+                        yield Started()
+                    if not isinstance(event, Started):
+                        yield event
+            outcome = "ok"
+        except HmaError as exc:
+            outcome = exc.code
+            if isinstance(exc, Shed):
+                self._metrics.shed.labels(exc.reason).inc()
+            raise
+        finally:
+            self._end()
+            self._metrics.requests.labels(outcome).inc()
+            if outcome == "ok":
+                self._metrics.prompt_tokens.inc(prepared.prompt_tokens)
+                self._metrics.request_seconds.observe(loop.time() - prepared.jobs[0].arrived)
+
+    def _begin(self) -> None:
+        self._running += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
+
+    async def _completion(self, index: int, job: Job) -> AsyncGenerator[Event, None]:
+        text = GeneratedText(self.model.tokenizer, job.stop)
+        pace = _Pace(self._metrics, job.arrived)
+        produced = cached = 0
+        async with aclosing(self._dispatcher.run(job)) as steps:
+            async for step in steps:
+                if isinstance(step, Placed):
+                    yield Started()
+                    continue
+                if isinstance(step, Tokens):
+                    piece, token_ids, logprobs = text.push(step.token_ids), step.token_ids, step.logprobs
+                    pace.note(piece.taken)
+                else:
+                    piece, token_ids, logprobs = text.finish(), (), ()
+                produced += piece.taken
+                cached = max(cached, step.cached_tokens)
+                if piece.text or piece.taken:
+                    yield Delta(index, piece.text, token_ids[: piece.taken], logprobs[: piece.taken])
+                if piece.matched is not None:
+                    pace.finish()
+                    yield Finished(index, common_pb2.FINISH_REASON_STOP, piece.matched, produced, cached)
+                    return
+                if isinstance(step, Ended):
+                    pace.finish()
+                    yield Finished(index, step.reason, step.stop_token_id, produced, cached)
+
+
+class _Pace:
+    """Times one completion's tokens."""
+
+    def __init__(self, metrics: RouterMetrics, arrived: float) -> None:
+        self._metrics = metrics
+        self._arrived = arrived
+        self._tokens = 0
+        self._first = 0.0
+
+    def note(self, tokens: int) -> None:
+        """More tokens came."""
+        if not self._tokens:
+            self._first = asyncio.get_running_loop().time()
+            self._metrics.time_to_first_token_seconds.observe(self._first - self._arrived)
+        self._tokens += tokens
+        self._metrics.generated_tokens.inc(tokens)
+
+    def finish(self) -> None:
+        """The completion ended."""
+        if self._tokens > 1:
+            span = asyncio.get_running_loop().time() - self._first
+            self._metrics.time_per_output_token_seconds.observe(span / (self._tokens - 1))
+
+
+def _sampling_of_copy(sampling: SamplingParams, copy: int) -> SamplingParams:
+    """The n completions of one prompt must differ although they share a seed."""
+    if sampling.seed is None or not copy:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + copy) % (MAX_SEED + 1))

@@ -1,0 +1,100 @@
+"""The public gRPC service: the same pipeline as HTTP, spoken in protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc.aio
+
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.request import SamplingParams, Slo, StopConditions
+from hma_serve.router.completion import CompletionRequest, Completions, Delta, Event, Finished, Prepared
+from hma_serve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+
+_MAX_ID_CHARS = 256
+_GenerateContext = grpc.aio.ServicerContext[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+_ListContext = grpc.aio.ServicerContext[inference_pb2.ListModelsRequest, inference_pb2.ListModelsResponse]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """`hma_serve.v1.Inference`; raises `HmaError`, which the server turns into statuses."""
+
+    def __init__(self, completions: Completions) -> None:
+        self._completions = completions
+
+    async def Generate(  # noqa: N802  the name is the protocol's
+        self, request: inference_pb2.GenerateRequest, context: _GenerateContext
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Streams one request's events; the call's deadline bounds it and its cancellation frees everything."""
+        prepared = await self._completions.prepare(_read(request, context.time_remaining()))
+        async with aclosing(self._completions.run(prepared)) as events:
+            async for event in events:
+                yield _response(event, prepared, with_prompt=request.return_prompt_token_ids)
+
+    async def ListModels(  # noqa: N802
+        self, request: inference_pb2.ListModelsRequest, context: _ListContext
+    ) -> inference_pb2.ListModelsResponse:
+        """The served model under each of its names."""
+        served = self._completions.model
+        return inference_pb2.ListModelsResponse(
+            models=[
+                inference_pb2.Model(
+                    id=name,
+                    fingerprint=served.fingerprint,
+                    max_model_len=self._completions.window,
+                    created_unix_seconds=served.created,
+                )
+                for name in self._completions.names()
+            ]
+        )
+
+
+def _read(message: inference_pb2.GenerateRequest, timeout: float | None) -> CompletionRequest:
+    if len(message.client_request_id) > _MAX_ID_CHARS:
+        raise InvalidArgument(
+            f"client_request_id may have at most {_MAX_ID_CHARS} characters", field="client_request_id"
+        )
+    prompt = message.text if message.WhichOneof("prompt") == "text" else tuple(message.token_ids.ids)
+    return CompletionRequest(
+        prompts=(prompt,),
+        model=message.model,
+        sampling=SamplingParams.from_proto(message.sampling),
+        stop=StopConditions.from_proto(message.stop),
+        n=message.n or 1,
+        slo=Slo.from_proto(message.slo),
+        priority=message.priority,
+        client_request_id=message.client_request_id,
+        timeout=timeout,
+    )
+
+
+def _response(event: Event, prepared: Prepared, *, with_prompt: bool) -> inference_pb2.GenerateResponse:
+    if isinstance(event, Delta):
+        delta = inference_pb2.GenerateResponse.TextDelta(
+            index=event.index, text=event.text, token_ids=event.token_ids, logprobs=event.logprobs
+        )
+        return inference_pb2.GenerateResponse(delta=delta)
+    if isinstance(event, Finished):
+        return inference_pb2.GenerateResponse(finished=_finished(event, prepared))
+    started = inference_pb2.GenerateResponse.Started(
+        request_id=prepared.request_id, model=prepared.model, prompt_tokens=prepared.prompt_tokens
+    )
+    if with_prompt:
+        started.prompt_token_ids.extend(prepared.prompts[0])
+    return inference_pb2.GenerateResponse(started=started)
+
+
+def _finished(event: Finished, prepared: Prepared) -> inference_pb2.GenerateResponse.Finished:
+    return inference_pb2.GenerateResponse.Finished(
+        index=event.index,
+        reason=event.reason,
+        stop_match="" if event.stop_match is None else str(event.stop_match),
+        usage=common_pb2.Usage(
+            prompt_tokens=prepared.prompt_tokens,
+            completion_tokens=event.completion_tokens,
+            cached_tokens=event.cached_tokens,
+        ),
+    )

@@ -1,0 +1,86 @@
+"""The HTTP application: routes, and the one place where whatever happens becomes a response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from hma_serve.core.errors import HmaError, Internal
+from hma_serve.router.completion import Completions
+from hma_serve.router.http.completions_endpoint import CompletionsEndpoint
+from hma_serve.router.http.openai_errors import error_response, http_error_response, json_response
+from hma_serve.router.http.requests import REQUEST_ID, assign_request_id, request_id_of
+from hma_serve.telemetry.http import NotReady, add_status_routes
+
+_log = logging.getLogger(__name__)
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_app(
+    completions: Completions, not_ready: NotReady, *, max_body_bytes: int = 4 << 20, body_timeout: float = 30.0
+) -> web.Application:
+    """The application.
+
+    Args:
+        completions: The pipeline.
+        not_ready: Why requests cannot be served; None when they can.
+        max_body_bytes: Largest body that is read.
+        body_timeout: Seconds in which a client must have sent its body.
+    """
+    app = web.Application(middlewares=[_answer_everything], client_max_size=max_body_bytes)
+    app.on_response_prepare.append(_add_request_id)
+    add_status_routes(app, not_ready)
+    app.router.add_get("/health", _health)
+    app.router.add_get("/v1/models", _models(completions))
+    endpoint = CompletionsEndpoint(completions, max_body_bytes=max_body_bytes, body_timeout=body_timeout)
+    app.router.add_post("/v1/completions", endpoint.post)
+    return app
+
+
+@web.middleware
+async def _answer_everything(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Every failure leaves as OpenAI's error object."""
+    assign_request_id(request)
+    try:
+        return await handler(request)
+    except HmaError as exc:
+        return error_response(exc)
+    except web.HTTPException as exc:
+        return http_error_response(exc)
+    except ConnectionError:
+        # The client went away while it was written to; nobody reads what is returned here.
+        return web.Response(status=499)
+    except Exception:
+        _log.exception("request failed", extra={"request": request_id_of(request), "path": request.path})
+        return error_response(Internal("internal error; the log of the router says more"))
+
+
+async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers[REQUEST_ID] = request_id_of(request)
+
+
+async def _health(_: web.Request) -> web.Response:
+    """The process answers; whether it can serve is `/ready`'s question."""
+    return json_response({"status": "ok"})
+
+
+def _models(completions: Completions) -> _Handler:
+    async def models(_: web.Request) -> web.Response:
+        served = completions.model
+        entries = [
+            {
+                "id": name,
+                "object": "model",
+                "created": served.created,
+                "owned_by": "hma-serve",
+                "root": served.name,
+                "max_model_len": completions.window,
+            }
+            for name in completions.names()
+        ]
+        return json_response({"object": "list", "data": entries})
+
+    return models

@@ -1,0 +1,87 @@
+"""What every endpoint reads from a request beside its own fields: the body's bytes, the ids, the objectives."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import web
+
+from hma_serve.core.errors import DeadlineExceeded, HmaError, InvalidArgument, PayloadTooLarge
+from hma_serve.core.request import Slo
+from hma_serve.router.http.strict_json import loads_object
+
+REQUEST_ID = "X-Request-Id"
+
+_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}", re.ASCII)
+_KEY = web.RequestKey("request_id", str)
+
+
+class UnsupportedMediaType(HmaError):
+    """The body is not what this server reads."""
+
+    code = "unsupported_media_type"
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 415
+
+
+class BodyTimeout(DeadlineExceeded):
+    """The client was too slow in sending its body."""
+
+    http_status = 408
+
+
+def assign_request_id(request: web.Request) -> str:
+    """The client's id if it is a plain one, else a new one; every response carries it."""
+    given = request.headers.get(REQUEST_ID, "")
+    request[_KEY] = given if _ID.fullmatch(given) else secrets.token_hex(16)
+    return request[_KEY]
+
+
+def request_id_of(request: web.Request) -> str:
+    """What `assign_request_id` assigned."""
+    return request[_KEY]
+
+
+async def read_json_body(request: web.Request, *, limit: int, timeout: float) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        request: With a body.
+        limit: Largest body in bytes; checked before it is read, and by aiohttp while it is (`client_max_size`).
+        timeout: Seconds in which it must have come.
+
+    Raises:
+        HmaError: It is of another type, too large, too slow, or no JSON object.
+    """
+    if request.content_type != "application/json":
+        raise UnsupportedMediaType("send the body as JSON, with Content-Type: application/json")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("compressed bodies are not accepted")
+    if request.content_length is not None and request.content_length > limit:
+        raise PayloadTooLarge(f"the body has {request.content_length} bytes; at most {limit} are accepted")
+    try:
+        async with asyncio.timeout(timeout):
+            body = await request.read()
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not arrive within {timeout:g} s") from None
+    return loads_object(body)
+
+
+def slo_of(headers: Mapping[str, str]) -> Slo:
+    """Objectives from `x-hma-slo-ttft-ms` and `x-hma-slo-tpot-ms`, or llm-d's names; raises InvalidArgument."""
+    return Slo(ttft=_milliseconds(headers, "ttft"), tpot=_milliseconds(headers, "tpot"))
+
+
+def _milliseconds(headers: Mapping[str, str], kind: str) -> float | None:
+    for vendor in ("hma", "llm-d"):
+        name = f"x-{vendor}-slo-{kind}-ms"
+        if name in headers:
+            try:
+                return float(headers[name]) / 1000
+            except ValueError:
+                raise InvalidArgument(f"{name} must be a number of milliseconds", field=name) from None
+    return None

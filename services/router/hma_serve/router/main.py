@@ -1,0 +1,91 @@
+"""The router process: starts the parts in order, serves until a signal, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from hma_serve.core.errors import HmaError
+from hma_serve.registry import Watcher, open_readable_store
+from hma_serve.router.config import RouterConfig, build_parser, parse_config
+from hma_serve.router.grpc_api import SERVICE, InferenceServicer
+from hma_serve.router.http.app import build_app
+from hma_serve.router.model import load_model
+from hma_serve.router.pipeline import run_pipeline
+from hma_serve.rpc import GrpcServer
+from hma_serve.telemetry.http import serve_app
+from hma_serve.telemetry.logs import setup_logging
+from hma_serve.telemetry.metrics import router_metrics
+from hma_serve.v1 import inference_pb2_grpc
+
+__all__ = ["build_parser", "main", "run"]
+
+_log = logging.getLogger(__name__)
+
+_STOP_GRACE = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the router; returns the exit status."""
+    try:
+        config = parse_config(argv)
+        setup_logging("router", config.log_format)
+        asyncio.run(run(config))
+    except HmaError as exc:
+        print(f"hma-serve router: {exc.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def run(config: RouterConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    While it drains, new requests are refused, `/ready` says 503 and `/live` 200, and running requests go on.
+
+    Raises:
+        HmaError: The router cannot start.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    model = await asyncio.to_thread(load_model, config.model)
+    async with (
+        _watching(config.registry) as watcher,
+        run_pipeline(config, model, watcher, router_metrics()) as pipeline,
+    ):
+        grpc_server = GrpcServer("router", config.grpc_listen, [SERVICE])
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(pipeline.completions), grpc_server.server)
+        app = build_app(pipeline.completions, pipeline.not_ready, max_body_bytes=config.max_body_bytes)
+        runner, http_address = await serve_app(app, config.http_listen)
+        try:
+            grpc_address = await grpc_server.start()
+            _log.info("serving %s", model.name, extra={"http": http_address, "grpc": grpc_address})
+            await stop.wait()
+            _log.info("draining", extra={"running": pipeline.completions.running})
+            await grpc_server.set_serving(False)
+            await pipeline.completions.drain(config.drain)
+            await grpc_server.stop(_STOP_GRACE)
+        finally:
+            await runner.cleanup()
+    _log.info("stopped")
+
+
+@asynccontextmanager
+async def _watching(registry: str) -> AsyncIterator[Watcher]:
+    """The registry's watcher; closing it and its store blocks, so threads do that."""
+    store = open_readable_store(registry)
+    watcher = Watcher(store)
+    watcher.start()
+    try:
+        yield watcher
+    finally:
+        await watcher.aclose()
+        await asyncio.to_thread(store.close)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
