@@ -11,8 +11,8 @@ copy at the end.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Final
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch.nn.functional import hardshrink
@@ -28,6 +28,8 @@ EXPONENT_BYTES: Final = 64
 TILE_BYTES: Final = EXPONENT_BYTES + TILE * TILE
 _LARGEST: Final = 127
 _LARGEST_SUBNORMAL: Final = 2.0**-126 - 2.0**-149
+_SEVEN: Final = torch.tensor(7, dtype=torch.int8)  # tensors: wrapping a Python number costs as much as the operation
+_MAGNITUDE: Final = torch.tensor(_LARGEST, dtype=torch.int8)
 _SMALLEST_POWER: Final = 2.0**-120  # exponent 7: groups below decode to zero
 
 
@@ -44,9 +46,10 @@ class TtBfp8B(TorchCodec):
         units, _, head_dim = x.shape
         if head_dim % TILE:
             raise ValueError(f"tt_bfp8_b needs a multiple of {TILE} channels, not {head_dim}")
-        faces = x.view(units, 2, FACE, head_dim // TILE, 2, FACE).permute(0, 3, 1, 4, 2, 5)
-        values = hardshrink(faces.to(torch.float32).contiguous(), _LARGEST_SUBNORMAL)
-        exponents = values.abs().amax(-1, keepdim=True).view(torch.int32) >> 23
+        layout = _layout(head_dim // TILE, x.device)
+        values = x.float().view(units, -1, FACE).index_select(1, layout.tile_rows)
+        values = hardshrink(values, _LARGEST_SUBNORMAL)
+        exponents = _largest_bits(values) >> 23
         scale = ((255 - exponents.clamp(min=1)) << 23).view(torch.float32)  # 2^(128 - E), always normal
         codes = _round(values.mul_(scale).mul_(32.0), rounding).clamp_(-_LARGEST, _LARGEST).to(torch.int8)
         tiles = torch.empty((units, head_dim // TILE, TILE_BYTES), dtype=torch.uint8, device=x.device)
@@ -56,23 +59,24 @@ class TtBfp8B(TorchCodec):
 
     def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         units, unit_bytes = packed.shape
-        if unit_bytes % TILE_BYTES:
+        tiles, rest = divmod(unit_bytes, TILE_BYTES)
+        if rest or not tiles:
             raise ValueError(f"tt_bfp8_b has no units of {unit_bytes} bytes")
-        tiles = packed.view(-1, TILE_BYTES)
-        elements = tiles[:, EXPONENT_BYTES:]
-        steps = _steps(packed.device).index_select(0, tiles[:, :EXPONENT_BYTES].reshape(-1).int())
-        values = (elements & _LARGEST).float()
-        values.view(-1, FACE).mul_(steps.unsqueeze(1))
-        values.copysign_(elements.view(torch.int8))
-        faces = values.to(dtype).view(units, -1, 2, 2, FACE, FACE)
-        return faces.permute(0, 2, 4, 1, 3, 5).reshape(units * GROUP_TOKENS, -1)
+        layout = _layout(tiles, packed.device)
+        codes = packed.view(torch.int8).view(units, -1, FACE).index_select(1, layout.element_rows)
+        signs = codes >> _SEVEN
+        codes.bitwise_xor_(signs & _MAGNITUDE).sub_(signs)  # sign-magnitude to two's complement
+        exponents = packed.index_select(1, layout.exponents).view(-1)
+        steps = layout.steps.index_select(0, exponents.int())
+        values = codes.float().view(-1, FACE).mul_(steps.unsqueeze(1))
+        return values.to(dtype).view(units * GROUP_TOKENS, tiles * TILE)
 
 
 def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_even") -> Tensor:
     """Quantise and dequantise groups of 16 along an axis, as a tile would, without packing.
 
-    Along the last axis of [..., tokens, head_dim] the result equals the codec's `decode(encode(x))` in every value (zeros may
-    differ in sign). A group that holds Inf or NaN becomes NaN.
+    Along the last axis of [..., tokens, head_dim] the result equals the codec's `decode(encode(x))` in every value,
+    but for the sign of zeros. A group that holds Inf or NaN becomes NaN.
 
     Args:
         x: float32 or bfloat16; the axis is a multiple of 16 long.
@@ -91,12 +95,19 @@ def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_
         raise ValueError(f"expected float32 or bfloat16, not {x.dtype}")
     moved = x.movedim(axis, -1)
     values = hardshrink(moved.to(torch.float32).contiguous().view(-1, FACE), _LARGEST_SUBNORMAL)
-    largest = values.abs().amax(1, keepdim=True)
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^(E - 127); Inf for Inf and NaN
+    power = (_largest_bits(values) & 0x7F800000).view(torch.float32)  # 2^(E - 127); Inf for Inf and NaN
     scale = 64.0 / power.clamp(min=_SMALLEST_POWER)
     step = torch.where(power < _SMALLEST_POWER, 0.0, power * 2.0**-6)
     _round(values.mul_(scale), rounding).clamp_(-_LARGEST, _LARGEST).mul_(step)
     return values.to(x.dtype).view(moved.shape).movedim(-1, axis)
+
+
+def _largest_bits(values: Tensor) -> Tensor:
+    """Bits of the largest magnitude along the last axis, kept as an axis of 1.
+
+    Magnitudes order as their bits do (NaN above Inf), and the integer reduction is five times faster than the float one.
+    """
+    return values.abs().view(torch.int32).amax(-1, keepdim=True)
 
 
 def _round(values: Tensor, rounding: Rounding) -> Tensor:
@@ -109,10 +120,33 @@ def _round(values: Tensor, rounding: Rounding) -> Tensor:
     raise ValueError(f"bfp8 rounds nearest_even or nearest_away, not {rounding}")
 
 
-@cache
-def _steps(device: torch.device) -> Tensor:
-    """What one unit of magnitude is worth, float32 [256] by exponent: 2^(E - 133), 0 below 7, NaN at 255."""
-    exponents = torch.arange(256, dtype=torch.int32)
-    steps = ((exponents - 6).clamp(min=0) << 23).view(torch.float32)
+class _Layout(NamedTuple):
+    """Where the rows of 16 channels of a unit lie, and what its exponents mean, on one device.
+
+    Attributes:
+        element_rows: Of each output row in order (token, then 16 channels), its place among the unit's 16-byte runs.
+        exponents: Of each output row, its exponent's place among the unit's bytes.
+        tile_rows: Of each stored row in order, its place among the output rows.
+        steps: By exponent, what one unit of magnitude is worth: 2^(E - 133), 0 below 7, NaN at 255. float32 [256].
+    """
+
+    element_rows: Tensor
+    exponents: Tensor
+    tile_rows: Tensor
+    steps: Tensor
+
+
+@lru_cache(maxsize=64)
+def _layout(tiles: int, device: torch.device) -> _Layout:
+    # Stored rows are numbered (tile, face row, face column, row); output rows (face row, row, tile, face column).
+    tile_rows = torch.arange(tiles * 64).view(2, FACE, tiles, 2).permute(2, 0, 3, 1).reshape(-1)
+    stored = tile_rows.argsort()
+    tile, row = stored // 64, stored % 64
+    steps = ((torch.arange(256, dtype=torch.int32) - 6).clamp(min=0) << 23).view(torch.float32)
     steps[255] = torch.nan
-    return steps.to(device)
+    return _Layout(
+        element_rows=(tile * (TILE_BYTES // FACE) + EXPONENT_BYTES // FACE + row).to(device),
+        exponents=(tile * TILE_BYTES + row).to(device),
+        tile_rows=tile_rows.to(device),
+        steps=steps.to(device),
+    )
