@@ -78,3 +78,52 @@ def router_metrics(registry: CollectorRegistry = REGISTRY) -> RouterMetrics:
         vllm_running=gauge("vllm:num_requests_running", "As hma_router_running_requests."),
         vllm_waiting=gauge("vllm:num_requests_waiting", "As hma_router_waiting_requests."),
     )
+
+
+# Prefill. -------------------------------------------------------------------------------------------------------------
+
+_PHASE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillMetrics:
+    """What a prefill worker counts."""
+
+    requests: Counter
+    tokens: Counter
+    kv_sent_bytes: Counter
+    queue_seconds: Histogram
+    compute_seconds: Histogram
+    exposed_transfer_seconds: Histogram
+    running: Gauge
+    waiting: Gauge
+    queued_tokens: Gauge
+    registered: Gauge
+
+
+def prefill_metrics(registry: CollectorRegistry = REGISTRY) -> PrefillMetrics:
+    """Creates prefill's metrics; once per registry."""
+
+    def counter(name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"hma_prefill_{name}", text, labels, registry=registry)
+
+    def gauge(name: str, text: str) -> Gauge:
+        return Gauge(f"hma_prefill_{name}", text, registry=registry)
+
+    def histogram(name: str, text: str) -> Histogram:
+        return Histogram(f"hma_prefill_{name}", text, registry=registry, buckets=_PHASE_BUCKETS)
+
+    return PrefillMetrics(
+        requests=counter("requests_total", "Requests ended, by outcome: ok, cancelled or the error's code.", "outcome"),
+        tokens=counter("tokens_total", "Prompt tokens computed."),
+        kv_sent_bytes=counter("kv_sent_bytes_total", "Payload bytes of KV handed to the transport."),
+        queue_seconds=histogram("queue_seconds", "From acceptance to the first layer."),
+        compute_seconds=histogram("compute_seconds", "Computation of one request, all layers and chunks."),
+        exposed_transfer_seconds=histogram(
+            "exposed_transfer_seconds", "From the end of the computation until decode committed the KV."
+        ),
+        running=gauge("running_requests", "Requests being computed or sent."),
+        waiting=gauge("waiting_requests", "Requests accepted and not started."),
+        queued_tokens=gauge("queued_tokens", "Tokens waiting or being computed."),
+        registered=gauge("registered", "1 while routers can find this worker, else 0."),
+    )

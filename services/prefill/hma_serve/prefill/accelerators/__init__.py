@@ -1,0 +1,130 @@
+"""The one protocol behind which devices differ, and how a device's module is found.
+
+An accelerator owns its weights and the KV of running requests in its own packed form, and computes one layer for some
+tokens at a time; everything else (order, cancellation, slots, the wire) is the engine's. A mesh of chips fits as well:
+KV is read per range of heads, in any order. Vendors register a factory under the entry point group
+`hma_serve.accelerators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.model_config import ModelConfig
+from hma_serve.prefill.profiles import Profile
+
+ENTRY_POINTS = "hma_serve.accelerators"
+
+
+class KvStore(Protocol):
+    """The packed KV of one request, on the accelerator or in its host's memory.
+
+    Dropping the last reference frees it.
+    """
+
+    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> None:
+        """Copies native bytes into `out` [heads, groups, group bytes]; the layer has been computed for these groups."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one request within a batch.
+
+    Attributes:
+        start: Position of the first one in its prompt; a multiple of 32.
+        tokens: How many; a multiple of 32.
+        store: The request's KV, complete up to `start` for the layer at hand.
+    """
+
+    start: int
+    tokens: int
+    store: KvStore
+
+
+class Accelerator(Protocol):
+    """Computes layers. Single-threaded: the engine's loop is the only caller.
+
+    A token's KV depends on the tokens before it alone: neither on how the prompt was cut into segments (whole groups of
+    32 tokens) nor on what else was in the batch.
+    """
+
+    @property
+    def device(self) -> str:
+        """Name of the hardware, for people."""
+        ...
+
+    def new_store(self, tokens: int) -> KvStore:
+        """Memory for the packed KV of `tokens` tokens, all layers."""
+        ...
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """The residual stream [tokens, hidden] that enters layer 0."""
+        ...
+
+    def run_layer(self, layer: int, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        """Runs one layer and leaves the segments' K and V of that layer in their stores.
+
+        Args:
+            layer: Which one; a segment passes through them in order.
+            hidden: [tokens of all segments, hidden], as `embed` or the previous layer returned it.
+            segments: What the rows are, in order.
+
+        Returns:
+            The residual stream after the layer.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AcceleratorSpec:
+    """What a factory needs.
+
+    Attributes:
+        checkpoint: Directory of the weights.
+        model: Its configuration.
+        profile: The arithmetic to follow.
+    """
+
+    checkpoint: Path
+    model: ModelConfig
+    profile: Profile
+
+
+AcceleratorFactory = Callable[[AcceleratorSpec], Accelerator]
+"""Loads the weights. Raises FailedPrecondition when the device cannot follow the profile or is not there."""
+
+
+def _load_cpu(spec: AcceleratorSpec) -> Accelerator:
+    from hma_serve.prefill.accelerators.cpu import CpuAccelerator
+
+    return CpuAccelerator(spec)
+
+
+_BUILT_IN: dict[str, AcceleratorFactory] = {"cpu": _load_cpu}
+
+
+def open_accelerator(kind: str, spec: AcceleratorSpec) -> Accelerator:
+    """Loads the model onto the accelerator of that kind.
+
+    Raises:
+        InvalidArgument: No such kind is built in or installed.
+    """
+    factory = _BUILT_IN.get(kind)
+    if factory is not None:
+        return factory(spec)
+    installed = entry_points(group=ENTRY_POINTS)
+    if kind not in installed.names:
+        known = sorted({*_BUILT_IN, *installed.names})
+        raise InvalidArgument(f"unknown accelerator {kind!r}; installed: {', '.join(known)}", field="--device")
+    plugin: AcceleratorFactory = installed[kind].load()
+    return plugin(spec)

@@ -1,0 +1,105 @@
+"""The engine process: loads the model, says so, then alternates between the front's commands and one layer of work.
+
+Started by the front alone (`python -m hma_serve.prefill.engine_main`). It ends when the link does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hma_serve.checkpoint import read_model_config
+from hma_serve.core.errors import HmaError
+from hma_serve.internal.v1 import prefill_engine_pb2 as pb
+from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
+from hma_serve.prefill.accelerators import AcceleratorSpec, open_accelerator
+from hma_serve.prefill.engine import Engine, Job
+from hma_serve.prefill.kv_layout import KvLayout
+from hma_serve.prefill.profiles import find_profile
+from hma_serve.prefill.scheduler import Scheduler
+from hma_serve.telemetry.logs import setup_logging
+from hma_serve.v1 import common_pb2
+
+_log = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The engine's arguments; the front writes them, so none has a default."""
+    parser = argparse.ArgumentParser(prog="hma-serve-prefill-engine", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--chunk-tokens", type=int, required=True)
+    parser.add_argument("--layers-ahead", type=int, required=True)
+    parser.add_argument("--max-running", type=int, required=True)
+    parser.add_argument("--max-waiting", type=int, required=True)
+    parser.add_argument("--kv-capacity-tokens", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--log-format", required=True)
+    add_engine_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    endpoint = attach_engine(args, receives=pb.PrefillEngineCommand)
+    setup_logging("prefill", args.log_format)
+    torch.set_num_threads(args.threads)
+    try:
+        engine = _load(args, endpoint)
+        _serve(engine, endpoint)
+    except LinkClosed:
+        return 0
+    except HmaError as exc:
+        return _report(exc, endpoint)
+    return 0
+
+
+def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> Engine:
+    started = time.monotonic()
+    model, profile = read_model_config(args.checkpoint), find_profile(args.profile)
+    accelerator = open_accelerator(args.device, AcceleratorSpec(args.checkpoint, model, profile))
+    if endpoint.arena is None:
+        raise SystemExit("the engine needs an arena")
+    scheduler: Scheduler[Job] = Scheduler(
+        max_running=args.max_running, max_waiting=args.max_waiting, capacity_tokens=args.kv_capacity_tokens
+    )
+    engine = Engine(
+        accelerator=accelerator,
+        layout=KvLayout.of(model, profile),
+        arena=endpoint.arena,
+        scheduler=scheduler,
+        chunk_tokens=args.chunk_tokens,
+        layers_ahead=args.layers_ahead,
+        emit=endpoint.link.send,
+    )
+    ready = pb.PrefillReady(device=accelerator.device, load_seconds=time.monotonic() - started)
+    endpoint.link.send(pb.PrefillEngineEvent(ready=ready))
+    return engine
+
+
+def _serve(engine: Engine, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> None:
+    """Until the link closes. Commands are read between any two layers, so a cancellation takes at most one."""
+    more = False
+    while True:
+        engine.handle(endpoint.link.receive(0 if more else None))
+        more = engine.step()
+
+
+def _report(error: HmaError, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> int:
+    """Tells the front why the engine cannot go on; job 0 is none."""
+    _log.error("%s", error.message)
+    detail = common_pb2.ErrorDetail(code=error.code, message=error.message, field=error.field)
+    endpoint.link.send(pb.PrefillEngineEvent(failed=pb.PrefillFailed(job=0, error=detail)))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The Prefill service: accepts or refuses at once, then carries one request from the engine to decode.
+
+One coroutine per request does everything in order, so its caller's cancellation, its deadline, decode's refusal and the
+engine's death all end the same code, and leaving it frees everything: the transfer is cancelled, the engine's job
+closed. Sending is part of that coroutine on purpose: while it waits for a slow decode, the engine's window for this
+request fills and the request is parked, and no other request notices.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc.aio
+
+from hma_serve.core.errors import DeadlineExceeded, HmaError
+from hma_serve.internal.v1 import prefill_engine_pb2 as engine_pb
+from hma_serve.prefill.admission import Admission
+from hma_serve.prefill.engine_client import EngineClient, EngineJob
+from hma_serve.prefill.events import LayerEvents
+from hma_serve.prefill.guard import Guard
+from hma_serve.prefill.load import Load, RequestLoad
+from hma_serve.prefill.streamer import Destination, Streamer, Transfers
+from hma_serve.rpc import remaining
+from hma_serve.telemetry.metrics import PrefillMetrics
+from hma_serve.v1 import prefill_pb2, prefill_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_DEADLINE = 600.0
+"""Seconds that a request without a deadline may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontParts:
+    """What the servicer works with; all of it lives longer.
+
+    Attributes:
+        instance: This process's name in the registry.
+        admission: Its limits.
+        load: Its gauges.
+        engine: The compute process.
+        transfers: To decode.
+        events: Record of the pipeline's order, usually off.
+        metrics: Prometheus.
+    """
+
+    instance: str
+    admission: Admission
+    load: Load
+    engine: EngineClient
+    transfers: Transfers
+    events: LayerEvents
+    metrics: PrefillMetrics
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+    """Serves `hma_serve.v1.Prefill`."""
+
+    def __init__(self, parts: FrontParts) -> None:
+        self._parts = parts
+        self._guards: set[Guard] = set()
+
+    def fail_all(self, error: HmaError) -> int:
+        """Ends every request with `error`; returns how many there were."""
+        for guard in self._guards:
+            guard.fail(error)
+        return len(self._guards)
+
+    async def Prefill(  # noqa: N802
+        self,
+        request: prefill_pb2.PrefillRequest,
+        context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse],
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        """See the schema."""
+        outcome = "cancelled"
+        try:
+            async for response in self._serve(request):
+                yield response
+            outcome = "ok"
+        except HmaError as exc:
+            outcome = exc.code
+            _log.info("request %s: %s", request.context.request_id, exc.message)
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            self._parts.metrics.requests.labels(outcome).inc()
+
+    async def _serve(self, request: prefill_pb2.PrefillRequest) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        parts = self._parts
+        parts.admission.check(request)
+        parts.admission.require_room(parts.load)
+        seconds = remaining(request.context)
+        if seconds is not None and seconds <= 0:
+            raise DeadlineExceeded("the deadline passed before the request arrived")
+        guard = Guard(DEFAULT_DEADLINE if seconds is None else seconds)
+        queue_seconds = parts.load.queue_seconds
+        self._guards.add(guard)
+        try:
+            with (
+                parts.load.request(len(request.token_ids)) as load,
+                parts.engine.job(
+                    request.token_ids,
+                    token_start=request.token_start,
+                    priority=request.context.priority,
+                    guard=guard,
+                ) as job,
+            ):
+                accepted = prefill_pb2.PrefillAccepted(instance=parts.instance, queue_seconds=queue_seconds)
+                yield prefill_pb2.PrefillResponse(accepted=accepted)
+                async for response in _Transfer(parts, request, guard, job, load).run():
+                    yield response
+        finally:
+            self._guards.discard(guard)
+
+
+class _Transfer:
+    """One accepted request from its start in the engine to decode's commit."""
+
+    def __init__(
+        self, parts: FrontParts, request: prefill_pb2.PrefillRequest, guard: Guard, job: EngineJob, load: RequestLoad
+    ) -> None:
+        self._parts = parts
+        self._request = request
+        self._guard = guard
+        self._job = job
+        self._load = load
+        self._submitted_ns = time.monotonic_ns()
+        self._compute_ns = 0
+        self._chunk_ns = 0
+
+    async def run(self) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        request, metrics = self._request, self._parts.metrics
+        started = await self._job.started()
+        self._load.started()
+        queue_seconds = (started.at_ns - self._submitted_ns) / 1e9
+        metrics.queue_seconds.observe(queue_seconds)
+        tokens = len(request.token_ids)
+        streamer = Streamer(
+            self._parts.transfers,
+            Destination(request.decode_address, request.ticket, request.context.epoch),
+            token_start=request.token_start,
+            token_count=tokens - request.token_start,
+            guard=self._guard,
+            trace=request.context.trace,
+        )
+        async with streamer:
+            computed = 0
+            while computed < tokens:
+                layer = await self._next_layer(streamer)
+                if layer.layer == self._parts.transfers.layout.layers - 1:
+                    computed = layer.chunk_start + layer.chunk_tokens
+                    self._chunk_done(layer.chunk_tokens)
+                    progress = prefill_pb2.PrefillProgress(computed_tokens=computed)
+                    yield prefill_pb2.PrefillResponse(progress=progress)
+            await streamer.commit()
+            exposed_seconds = (time.monotonic_ns() - layer.finished_ns) / 1e9
+        metrics.exposed_transfer_seconds.observe(exposed_seconds)
+        metrics.compute_seconds.observe(self._compute_ns / 1e9)
+        completed = prefill_pb2.PrefillCompleted(
+            computed_tokens=tokens,
+            payload_bytes=streamer.sent_bytes,
+            queue_seconds=max(0.0, queue_seconds),
+            compute_seconds=self._compute_ns / 1e9,
+            exposed_transfer_seconds=exposed_seconds,
+        )
+        yield prefill_pb2.PrefillResponse(completed=completed)
+
+    async def _next_layer(self, streamer: Streamer) -> engine_pb.PrefillLayerDone:
+        """Sends one layer and gives its slot back."""
+        layer = await self._job.next_layer()
+        sent_before = streamer.sent_bytes
+        await streamer.send_layer(layer)
+        self._parts.events.layer_left(self._request.context.request_id, layer)
+        self._job.layer_sent()
+        self._parts.metrics.kv_sent_bytes.inc(streamer.sent_bytes - sent_before)
+        seconds = layer.finished_ns - layer.started_ns
+        self._compute_ns += seconds
+        self._chunk_ns += seconds
+        return layer
+
+    def _chunk_done(self, tokens: int) -> None:
+        self._load.computed(tokens, self._chunk_ns / 1e9)
+        self._parts.metrics.tokens.inc(tokens)
+        self._chunk_ns = 0

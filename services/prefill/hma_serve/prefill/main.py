@@ -1,0 +1,249 @@
+"""`hma-serve prefill`: the front process of a prefill worker, from the command line to the last drained request.
+
+Order of life: status port (live, not ready) → the engine process loads the weights → gRPC listens → registration →
+ready. And of death: draining, not serving → running requests end → deregistration → gRPC stops → the engine leaves. A
+signal gives status 0; an engine that dies ends every request with UNAVAILABLE, and the process with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+from hma_serve.core.errors import HmaError
+from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole, mint_instance
+from hma_serve.internal.v1 import prefill_engine_pb2
+from hma_serve.ipc import Arena, spawn_engine
+from hma_serve.prefill.admission import Admission
+from hma_serve.prefill.config import PrefillConfig, build_parser, config_of
+from hma_serve.prefill.drain import Drain
+from hma_serve.prefill.engine_client import EngineClient
+from hma_serve.prefill.events import LayerEvents
+from hma_serve.prefill.front import FrontParts, PrefillServicer
+from hma_serve.prefill.load import Load
+from hma_serve.prefill.served_model import ServedModel, read_served_model, software
+from hma_serve.prefill.streamer import Transfers
+from hma_serve.prefill.worker_api import WorkerServicer
+from hma_serve.registry import Session, SessionStatus, open_store
+from hma_serve.rpc import ChannelCache, GrpcServer, tune_allocator
+from hma_serve.telemetry.http import StatusServer
+from hma_serve.telemetry.logs import setup_logging
+from hma_serve.telemetry.metrics import PrefillMetrics, prefill_metrics
+from hma_serve.v1 import kv_block_pb2, prefill_pb2_grpc, worker_pb2_grpc
+
+__all__ = ["build_parser", "main"]
+
+ENGINE_MODULE = "hma_serve.prefill.engine_main"
+SERVICES = ("hma_serve.v1.Prefill", "hma_serve.v1.Worker")
+
+_STOP_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a prefill worker until a signal; returns the exit status.
+
+    Raises:
+        HmaError: It cannot start, or its engine died; the message is for the user.
+    """
+    config = config_of(build_parser().parse_args(argv))
+    setup_logging("prefill", config.log_format)
+    tune_allocator()
+    asyncio.run(_run(config))
+    return 0
+
+
+async def _run(config: PrefillConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        worker = _Worker(config, stack)
+        starting = asyncio.create_task(worker.start())
+        # Until it is ready, nothing was promised to anybody, so a signal ends the start at once.
+        await _first_of(starting, asyncio.create_task(stop.wait()))
+        if not starting.done():
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await starting
+            return
+        engine_end = starting.result()
+        await _first_of(engine_end, asyncio.create_task(stop.wait()))
+        await worker.leave()
+        if engine_end.done():
+            raise engine_end.result()
+
+
+async def _first_of(kept: asyncio.Task[object] | asyncio.Task[HmaError], dropped: asyncio.Task[bool]) -> None:
+    """Waits for either; the second one is over afterwards."""
+    try:
+        await asyncio.wait((kept, dropped), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        dropped.cancel()
+
+
+class _Worker:
+    """One run of the process; what it opens is closed by `stack`, last first."""
+
+    def __init__(self, config: PrefillConfig, stack: contextlib.AsyncExitStack) -> None:
+        self._config = config
+        self._stack = stack
+        self._instance = mint_instance(WorkerRole.PREFILL)
+        self._load = Load()
+        self._metrics = prefill_metrics()
+        self._session: Session | None = None
+        self._drain: Drain | None = None
+
+    async def start(self) -> asyncio.Task[HmaError]:
+        """Returns when requests can come; the task ends when the engine does."""
+        config, stack = self._config, self._stack
+        _show_load(self._metrics, self._load)
+        status = StatusServer(config.http_listen, self._not_ready)
+        http_address = await status.start()
+        stack.push_async_callback(status.stop)
+        model = await asyncio.to_thread(read_served_model, config)
+        arena = stack.enter_context(_arena(config, model))
+        engine, engine_end = await stack.enter_async_context(_engine(config, model, arena))
+        ready = await engine.ready()
+        transfers = await stack.enter_async_context(self._transfers(model, arena, ready.device))
+        servicer = PrefillServicer(
+            FrontParts(
+                instance=self._instance,
+                admission=_admission(config, model),
+                load=self._load,
+                engine=engine,
+                transfers=transfers,
+                events=stack.enter_context(LayerEvents(config.events)),
+                metrics=self._metrics,
+            )
+        )
+        server = GrpcServer("prefill", config.listen, SERVICES)
+        drain = Drain(self._load, servicer, partial(server.set_serving, serving=False))
+        prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, server.server)
+        worker_api = WorkerServicer(drain, self._load, default_grace=config.drain_grace)
+        worker_pb2_grpc.add_WorkerServicer_to_server(worker_api, server.server)
+        bound = await server.start()
+        stack.push_async_callback(server.stop, _STOP_SECONDS)
+        info = self._info(model, config.advertised(bound), http_address, ready.device)
+        if config.etcd is not None:
+            self._session = await stack.enter_async_context(self._registration(config.etcd, info))
+        drain.registered(info, self._session)
+        self._drain = drain
+        _log.info("serving %s as %s: gRPC %s, HTTP %s", info.model.id, info.profile, info.address, http_address)
+        return engine_end
+
+    async def leave(self) -> None:
+        """Drains."""
+        if self._drain is not None:
+            result = await self._drain.run(self._config.drain_grace)
+            _log.info("drained: %d requests finished, %d cancelled", result.finished, result.cancelled)
+
+    def _not_ready(self) -> str | None:
+        if self._drain is None:
+            return "starting"
+        if self._load.draining:
+            return "draining"
+        if self._session is not None and not self._session.status.routable:
+            return f"not in the registry ({self._session.status.state})"
+        return None
+
+    @contextlib.asynccontextmanager
+    async def _transfers(self, model: ServedModel, arena: Arena, device: str) -> AsyncIterator[Transfers]:
+        producer = kv_block_pb2.KvProducer(instance=self._instance, device=device, software=software())
+        channels = ChannelCache()
+        try:
+            yield Transfers(
+                channels=channels,
+                arena=arena,
+                layout=model.layout,
+                manifest=partial(model.manifest, producer=producer),
+                stall_timeout=self._config.stall_timeout,
+            )
+        finally:
+            await channels.close()
+
+    @contextlib.asynccontextmanager
+    async def _registration(self, etcd: str, info: WorkerInfo) -> AsyncIterator[Session]:
+        store = open_store(etcd)
+        metrics = self._metrics
+
+        def show(status: SessionStatus) -> None:
+            metrics.registered.set(status.routable)
+
+        try:
+            async with Session(store, info, ttl=self._config.registry_ttl, on_status=show) as session:
+                yield session
+        finally:
+            await asyncio.to_thread(store.close)
+
+    def _info(self, model: ServedModel, address: str, http_address: str, device: str) -> WorkerInfo:
+        config = self._config
+        return WorkerInfo(
+            instance=self._instance,
+            role=WorkerRole.PREFILL,
+            address=address,
+            model=model.info,
+            codecs=model.codecs,
+            limits=WorkerLimits(model.max_tokens, config.max_running, config.max_waiting),
+            device=DeviceInfo(vendor=config.device, name=device, price_per_hour=config.price_per_hour),
+            profile=model.profile.name,
+            http_address=http_address,
+        )
+
+
+def _arena(config: PrefillConfig, model: ServedModel) -> Arena:
+    """A slot for each layer that may be under way; untouched ones take no memory."""
+    return Arena.create(config.max_running * config.layers_ahead, model.layout.layer_bytes(config.chunk_tokens))
+
+
+def _admission(config: PrefillConfig, model: ServedModel) -> Admission:
+    return Admission(model.max_tokens, model.config.vocab_size, config.max_running + config.max_waiting)
+
+
+def _kv_capacity(config: PrefillConfig, model: ServedModel) -> int:
+    return config.kv_capacity_tokens or config.max_running * model.max_tokens
+
+
+@contextlib.asynccontextmanager
+async def _engine(
+    config: PrefillConfig, model: ServedModel, arena: Arena
+) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
+    """The engine process and the task that speaks with it; both are over when the context is."""
+    flags = {
+        "--checkpoint": model.checkpoint,
+        "--device": config.device,
+        "--profile": model.profile.name,
+        "--chunk-tokens": config.chunk_tokens,
+        "--layers-ahead": config.layers_ahead,
+        "--max-running": config.max_running,
+        "--max-waiting": config.max_waiting,
+        "--kv-capacity-tokens": _kv_capacity(config, model),
+        "--threads": config.threads,
+        "--log-format": config.log_format,
+    }
+    argv = [str(part) for pair in flags.items() for part in pair]
+    process = await spawn_engine(ENGINE_MODULE, argv, receives=prefill_engine_pb2.PrefillEngineEvent, arena=arena)
+    client = EngineClient(process)
+    end = asyncio.create_task(client.run())
+    try:
+        yield client, end
+    finally:
+        await process.stop()
+        await end
+
+
+def _show_load(metrics: PrefillMetrics, load: Load) -> None:
+    """Lets the gauges read the load when they are scraped."""
+    metrics.running.set_function(lambda: load.running)
+    metrics.waiting.set_function(lambda: load.waiting)
+    metrics.queued_tokens.set_function(lambda: load.queued_tokens)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What the front knows of the model it serves: shapes, names and the manifest, without weights and without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.core.model_config import ModelConfig
+from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
+from hma_serve.kvblock import Codec, build_manifest, codec
+from hma_serve.prefill.config import PrefillConfig
+from hma_serve.prefill.kv_layout import KvLayout
+from hma_serve.prefill.profiles import Profile, find_profile
+from hma_serve.v1 import kv_block_pb2
+
+ROUNDING = kv_block_pb2.KV_ROUNDING_NEAREST_EVEN
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One checkpoint under one profile.
+
+    Attributes:
+        name: What clients ask for.
+        checkpoint: Its directory.
+        config: Its shapes.
+        profile: Fits the shapes.
+        fingerprint: Both sides of a transfer must have the same.
+        layout: Of its packed KV.
+        max_tokens: Longest prompt part that this instance takes, whole groups.
+    """
+
+    name: str
+    checkpoint: Path
+    config: ModelConfig
+    profile: Profile
+    fingerprint: str
+    layout: KvLayout
+    max_tokens: int
+
+    @property
+    def rope(self) -> RopeSpec:
+        """How keys are turned."""
+        return RopeSpec(KvRopePairing.HALF_SPLIT, self.config.rope_theta)
+
+    @property
+    def info(self) -> ModelInfo:
+        """For the registry."""
+        shape = self.config
+        return ModelInfo(
+            id=self.name,
+            fingerprint=self.fingerprint,
+            layers=shape.num_layers,
+            hidden=shape.hidden_size,
+            heads=shape.num_heads,
+            kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab=shape.vocab_size,
+            rope=self.rope,
+        )
+
+    @property
+    def codecs(self) -> tuple[CodecSpec, CodecSpec]:
+        """For the registry: keys', then values'."""
+        k_spec, v_spec = (CodecSpec.from_proto(found.spec(ROUNDING)) for found in self._wire_codecs())
+        return k_spec, v_spec
+
+    def manifest(
+        self, token_start: int, token_count: int, producer: kv_block_pb2.KvProducer
+    ) -> kv_block_pb2.KvManifest:
+        """Describes a transfer of the tokens [token_start, token_start + token_count)."""
+        k_codec, v_codec = self._wire_codecs()
+        return build_manifest(
+            model_fingerprint=self.fingerprint,
+            layers=self.config.num_layers,
+            kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            k_codec=k_codec,
+            v_codec=v_codec,
+            token_start=token_start,
+            token_count=token_count,
+            rope=self.rope.to_proto(),
+            qk_norm=True,
+            rounding=ROUNDING,
+            producer=producer,
+        )
+
+    def _wire_codecs(self) -> tuple[Codec, Codec]:
+        return codec(self.profile.k_codec), codec(self.profile.v_codec)
+
+
+def read_served_model(config: PrefillConfig) -> ServedModel:
+    """Finds the checkpoint and checks that profile and limits fit it; BLOCKING (may download).
+
+    Raises:
+        HmaError: It cannot be served; the message says why.
+    """
+    checkpoint = resolve_checkpoint(config.model)
+    shape, profile = read_model_config(checkpoint), find_profile(config.profile)
+    profile.check(shape)
+    window = shape.max_position_embeddings
+    longest = min(config.max_model_len or window, config.kv_capacity_tokens or window, window)
+    return ServedModel(
+        name=_name(config.model),
+        checkpoint=checkpoint,
+        config=shape,
+        profile=profile,
+        fingerprint=fingerprint(checkpoint),
+        layout=KvLayout.of(shape, profile),
+        max_tokens=longest // GROUP_TOKENS * GROUP_TOKENS,
+    )
+
+
+def software() -> str:
+    """Name and version of this program, for people."""
+    try:
+        return f"hma-serve {version('hma-serve')}"
+    except PackageNotFoundError:
+        return "hma-serve"
+
+
+def _name(model: str) -> str:
+    """A directory's last component, otherwise what was asked for."""
+    path = Path(model).expanduser()
+    return path.resolve().name if model != DEMO and path.is_dir() else model

@@ -1,0 +1,165 @@
+"""Sends one request's KV to decode, layer by layer, as native bytes under the receiver's credit.
+
+A layer is never held back to fill a message: what the engine hands over leaves at once, cut into blocks of about 1 MiB.
+`send_layer` returns when gRPC has taken the layer's last byte, and only then may the slot be reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from hma_serve.core.errors import FailedPrecondition
+from hma_serve.internal.v1 import prefill_engine_pb2 as engine_pb
+from hma_serve.ipc import Arena
+from hma_serve.kvblock import BEST_PAYLOAD_BYTES, HEADER_ROOM_BYTES, StreamWriter, encode_frame, validate_manifest
+from hma_serve.prefill.guard import Guard
+from hma_serve.prefill.kv_layout import ROLES, KvLayout
+from hma_serve.prefill.push_stream import PushStream
+from hma_serve.rpc import ChannelCache
+from hma_serve.v1 import common_pb2, kv_block_pb2, kv_transfer_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a request's KV goes.
+
+    Attributes:
+        address: host:port of decode's KvTransfer.
+        ticket: 16 bytes, granted by decode.
+        epoch: Attempt; equals the ticket's.
+    """
+
+    address: str
+    ticket: bytes
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """What all transfers of one instance share.
+
+    Attributes:
+        channels: To decodes, one per address.
+        arena: Where the engine leaves layers.
+        layout: How they lie there.
+        manifest: Builds the manifest of a token range (start, count).
+        stall_timeout: Seconds that a receiver may let one transfer wait.
+    """
+
+    channels: ChannelCache
+    arena: Arena
+    layout: KvLayout
+    manifest: Callable[[int, int], kv_block_pb2.KvManifest]
+    stall_timeout: float
+
+
+class Streamer:
+    """One transfer: `async with` connects and performs the handshake; leaving ends the call, whatever happened.
+
+    Args:
+        transfers: See there.
+        destination: Where to.
+        token_start: First token that travels.
+        token_count: Tokens that travel.
+        guard: The request's.
+        trace: Passed on.
+    """
+
+    def __init__(
+        self,
+        transfers: Transfers,
+        destination: Destination,
+        *,
+        token_start: int,
+        token_count: int,
+        guard: Guard,
+        trace: common_pb2.TraceContext,
+    ) -> None:
+        self._transfers = transfers
+        self._destination = destination
+        self._manifest = transfers.manifest(token_start, token_count)
+        plan = validate_manifest(self._manifest)
+        self._writer = StreamWriter(plan, destination.ticket, destination.epoch)
+        self._token_end = token_start + token_count
+        self._guard = guard
+        self._trace = trace
+        self._exit = AsyncExitStack()
+        self._stream: PushStream
+        self._max_payload = BEST_PAYLOAD_BYTES
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload bytes handed to the transport."""
+        return self._stream.sent_bytes
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            address = self._destination.address
+            channel = stack.enter_context(self._transfers.channels.lease(address))
+            stream = PushStream(channel, address, self._guard, stall_timeout=self._transfers.stall_timeout)
+            self._stream = await stack.enter_async_context(stream)
+            self._max_payload = self._payload_limit(await self._stream.open(self._open_frame()))
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._exit.__aexit__(kind, value, trace)
+
+    async def send_layer(self, done: engine_pb.PrefillLayerDone) -> None:
+        """Sends what lies in a layer's slot; the slot is free when this returns or raises."""
+        if not done.token_count:
+            return
+        layout = self._transfers.layout
+        size = layout.layer_bytes(done.token_count, done.head_count)
+        views = layout.views(self._transfers.arena.slot(done.slot, size), done.token_count, done.head_count)
+        ends_stream = done.layer == layout.layers - 1 and done.token_start + done.token_count == self._token_end
+        for role, packed in zip(ROLES, views, strict=True):
+            blocks = self._writer.blocks(
+                done.layer,
+                role,
+                packed,
+                token_start=done.token_start,
+                head_start=done.head_start,
+                last=ends_stream and role == ROLES[-1],
+                max_payload=self._max_payload,
+            )
+            for header, payload in blocks:
+                await self._stream.await_credit(payload.nbytes)
+                await self._stream.send_block(encode_frame(header, payload), payload.nbytes)
+
+    async def commit(self) -> None:
+        """Ends the stream and waits until decode has committed every block."""
+        header = kv_transfer_pb2.PushHeader(end=kv_transfer_pb2.PushEnd(blocks=self._writer.sent))
+        await self._stream.finish(encode_frame(header))
+
+    def _open_frame(self) -> bytes:
+        opening = kv_transfer_pb2.PushOpen(
+            ticket=self._destination.ticket,
+            epoch=self._destination.epoch,
+            transports=[kv_transfer_pb2.TRANSPORT_GRPC],
+            manifest=self._manifest,
+            trace=self._trace,
+        )
+        return encode_frame(kv_transfer_pb2.PushHeader(open=opening))
+
+    def _payload_limit(self, accepted: kv_transfer_pb2.PushAccepted) -> int:
+        """Bytes of payload in one block: our best size, unless the receiver's messages or credit are smaller.
+
+        Credit is a window, so a block larger than the first grant might never fit.
+        """
+        if accepted.transport != kv_transfer_pb2.TRANSPORT_GRPC:
+            raise FailedPrecondition(f"decode at {self._destination.address} chose a transport that was not offered")
+        smallest = max(self._transfers.layout.group_bytes)
+        limit = min(BEST_PAYLOAD_BYTES, accepted.max_message_bytes - HEADER_ROOM_BYTES)
+        if limit < smallest:
+            raise FailedPrecondition(
+                f"decode at {self._destination.address} takes messages of {accepted.max_message_bytes} bytes; "
+                f"one group of 32 tokens needs {smallest + HEADER_ROOM_BYTES}"
+            )
+        return max(smallest, min(limit, accepted.credit_bytes or limit))
