@@ -34,4 +34,4 @@ class Plain(TorchCodec):
             raise ValueError(f"{self.name} has no units of {packed.shape[1]} bytes")
         if packed.storage_offset() % self._dtype.itemsize:
             packed = packed.clone()
-        return packed.view(self._dtype).view(-1, row_bytes // self._dtype.itemsize).to(dtype)
+        return packed.view(self._dtype).reshape(-1, row_bytes // self._dtype.itemsize).to(dtype)
