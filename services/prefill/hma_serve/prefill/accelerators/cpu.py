@@ -42,7 +42,7 @@ class HostKv:
 
     def append(self, layer: int, role: int, start: int, values: torch.Tensor) -> None:
         """Packs values [tokens, heads, D] of the tokens from `start` on."""
-        packed = self._codecs[role].encode(values.transpose(0, 1))
+        packed = self._codecs[role].encode(values.transpose(0, 1).contiguous())
         first = start // GROUP_TOKENS
         self._packed[role][layer, :, first : first + packed.shape[1]] = packed
 

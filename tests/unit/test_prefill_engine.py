@@ -1,0 +1,335 @@
+"""The engine and the CPU accelerator: same bytes for every chunking, attention over what is stored, fair parking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.reference import reference_packed_kv
+from support.tiny_qwen3 import make_tiny_checkpoint
+
+from hma_serve import quant
+from hma_serve.checkpoint import read_model_config
+from hma_serve.core.errors import FailedPrecondition, Internal, InvalidArgument
+from hma_serve.internal.v1 import prefill_engine_pb2 as pb
+from hma_serve.ipc import Arena
+from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, Segment, open_accelerator
+from hma_serve.prefill.accelerators import cpu as cpu_module
+from hma_serve.prefill.engine import Engine, Job
+from hma_serve.prefill.kv_layout import ROLES, KvLayout
+from hma_serve.prefill.profiles import PROFILES, find_profile
+from hma_serve.prefill.scheduler import Scheduler
+
+LAYERS, KV_HEADS, VOCAB = 3, 2, 320
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(
+        tmp_path_factory.mktemp("prefill") / "tiny",
+        layers=LAYERS,
+        hidden=64,
+        heads=8,
+        kv_heads=KV_HEADS,
+        head_dim=32,
+        intermediate=96,
+        vocab=VOCAB,
+        tied=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def accelerators(checkpoint: Path) -> dict[str, Accelerator]:
+    model = read_model_config(checkpoint)
+    return {name: open_accelerator("cpu", AcceleratorSpec(checkpoint, model, PROFILES[name])) for name in PROFILES}
+
+
+def prompt(tokens: int, seed: int = 1) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB, (tokens,), generator=generator).tolist()
+
+
+@dataclass
+class Bench:
+    """An engine with its arena and everything it emitted."""
+
+    engine: Engine
+    arena: Arena
+    layout: KvLayout
+    events: list[pb.PrefillEngineEvent] = field(default_factory=list)
+
+    def submit(self, job: int, token_ids: list[int], *, token_start: int = 0, deadline_ns: int = 1000) -> None:
+        submit = pb.PrefillSubmit(job=job, token_ids=token_ids, token_start=token_start, deadline_ns=deadline_ns)
+        self.engine.handle([pb.PrefillEngineCommand(submit=submit)])
+
+    def sent(self, job: int) -> None:
+        self.engine.handle([pb.PrefillEngineCommand(sent=pb.PrefillLayerSent(job=job))])
+
+    def close(self, job: int) -> None:
+        self.engine.handle([pb.PrefillEngineCommand(close=pb.PrefillClose(job=job))])
+
+    def layers(self, job: int) -> list[pb.PrefillLayerDone]:
+        return [event.layer for event in self.events if event.HasField("layer") and event.layer.job == job]
+
+    def receive(self, done: pb.PrefillLayerDone) -> list[np.ndarray]:
+        """A copy of what a layer's slot holds, K then V."""
+        memory = self.arena.slot(done.slot, self.layout.layer_bytes(done.token_count, done.head_count))
+        return [view.copy() for view in self.layout.views(memory, done.token_count, done.head_count)]
+
+    def run(self, job: int) -> dict[tuple[int, int, int], np.ndarray]:
+        """Runs the engine dry, returning slots at once; packed bytes by (layer, role, first token)."""
+        received = {}
+        while self.engine.step():
+            done = self.events[-1].layer
+            for role, packed in zip(ROLES, self.receive(done), strict=True):
+                received[done.layer, role, done.token_start] = packed
+            self.sent(job)
+        return received
+
+
+@pytest.fixture
+def make_bench(checkpoint: Path, accelerators: dict[str, Accelerator]) -> Iterator[object]:
+    arenas: list[Arena] = []
+
+    def make(profile: str = "f32", *, chunk: int = 64, running: int = 2, ahead: int = 2, waiting: int = 4) -> Bench:
+        layout = KvLayout.of(read_model_config(checkpoint), PROFILES[profile])
+        arena = Arena.create(running * ahead, layout.layer_bytes(chunk))
+        arenas.append(arena)
+        scheduler: Scheduler[Job] = Scheduler(max_running=running, max_waiting=waiting, capacity_tokens=4096)
+        events: list[pb.PrefillEngineEvent] = []
+        engine = Engine(
+            accelerator=accelerators[profile],
+            layout=layout,
+            arena=arena,
+            scheduler=scheduler,
+            chunk_tokens=chunk,
+            layers_ahead=ahead,
+            emit=events.append,
+        )
+        return Bench(engine, arena, layout, events)
+
+    yield make
+    for arena in arenas:
+        arena.close()
+
+
+def joined(received: dict[tuple[int, int, int], np.ndarray]) -> dict[tuple[int, int], np.ndarray]:
+    """Chunks put together: packed bytes [heads, groups, group bytes] by (layer, role)."""
+    keys = sorted({(layer, role) for layer, role, _ in received})
+    starts = sorted({start for *_, start in received})
+    return {
+        key: np.concatenate([received[*key, start] for start in starts if (*key, start) in received], axis=1)
+        for key in keys
+    }
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_the_bytes_do_not_depend_on_the_chunk_size(make_bench, profile: str) -> None:
+    results = []
+    for chunk in (32, 64, 512):
+        bench = make_bench(profile, chunk=chunk)
+        bench.submit(1, prompt(608))
+        results.append(joined(bench.run(1)))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for key, packed in results[0].items():
+            np.testing.assert_array_equal(other[key], packed)
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_the_bytes_equal_those_of_the_reference(make_bench, checkpoint: Path, profile: str) -> None:
+    bench = make_bench(profile, chunk=96)
+    bench.submit(1, prompt(256))
+    received = joined(bench.run(1))
+    expected = reference_packed_kv(checkpoint, profile, prompt(256))
+    assert len(received) == 2 * LAYERS
+    for (layer, role), packed in received.items():
+        np.testing.assert_array_equal(packed, expected[layer][ROLES.index(role)].numpy())
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_a_batch_computes_each_of_its_requests_as_if_alone(
+    accelerators: dict[str, Accelerator], checkpoint: Path, profile: str
+) -> None:
+    accelerator = accelerators[profile]
+    layout = KvLayout.of(read_model_config(checkpoint), PROFILES[profile])
+
+    def packed(*prompts: list[int]) -> list[list[np.ndarray]]:
+        stores = [accelerator.new_store(len(ids)) for ids in prompts]
+        segments = [Segment(0, len(ids), store) for ids, store in zip(prompts, stores, strict=True)]
+        hidden = accelerator.embed([token for ids in prompts for token in ids])
+        for layer in range(LAYERS):
+            hidden = accelerator.run_layer(layer, hidden, segments)
+        result = []
+        for ids, store in zip(prompts, stores, strict=True):
+            views = layout.views(memoryview(bytearray(layout.layer_bytes(len(ids)))), len(ids), KV_HEADS)
+            for role, view in zip(ROLES, views, strict=True):
+                store.copy_out(LAYERS - 1, role, slice(0, KV_HEADS), slice(0, len(ids) // 32), view)
+            result.append(list(views))
+        return result
+
+    together = packed(prompt(64, 1), prompt(96, 2))
+    for alone, batched in zip(packed(prompt(64, 1)) + packed(prompt(96, 2)), together, strict=True):
+        for one, other in zip(alone, batched, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_heads_can_be_read_in_ranges(accelerators: dict[str, Accelerator], checkpoint: Path) -> None:
+    accelerator = accelerators["tt_bfp8"]
+    layout = KvLayout.of(read_model_config(checkpoint), PROFILES["tt_bfp8"])
+    store = accelerator.new_store(64)
+    accelerator.run_layer(0, accelerator.embed(prompt(64)), [Segment(0, 64, store)])
+    whole = np.zeros((KV_HEADS, 2, layout.group_bytes[0]), np.uint8)
+    part = np.zeros((1, 1, layout.group_bytes[0]), np.uint8)
+    store.copy_out(0, ROLES[0], slice(0, KV_HEADS), slice(0, 2), whole)
+    store.copy_out(0, ROLES[0], slice(1, 2), slice(1, 2), part)
+    np.testing.assert_array_equal(part, whole[1:, 1:])
+    assert whole.any()
+
+
+def test_attention_reads_keys_and_values_as_the_codec_stores_them(
+    accelerators: dict[str, Accelerator], checkpoint: Path
+) -> None:
+    layout = KvLayout.of(read_model_config(checkpoint), PROFILES["tt_bfp8"])
+    codec = quant.codec("tt_bfp8_b")
+    values = torch.randn((64, KV_HEADS, 32), generator=torch.Generator().manual_seed(3))
+    store = cpu_module.HostKv(layout, (codec, codec), 64)
+    store.append(1, ROLES[1], 0, values[:32])
+    store.append(1, ROLES[1], 32, values[32:])
+    stored = store.read(1, ROLES[1], 64, torch.float32)
+    expected = quant.fake_quantize_bfp8(values.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(stored, expected, rtol=0, atol=0)
+    assert not torch.equal(stored, values)
+
+
+def test_tokens_that_decode_holds_are_computed_but_not_handed_out(make_bench) -> None:
+    bench = make_bench(chunk=64)
+    bench.submit(1, prompt(192))
+    whole = joined(bench.run(1))
+    bench = make_bench(chunk=64)
+    bench.submit(2, prompt(192), token_start=96)
+    received = bench.run(2)
+    assert [(done.token_start, done.token_count) for done in bench.layers(2)[::LAYERS]] == [(64, 0), (96, 32), (128, 64)]
+    rest = joined({key: packed for key, packed in received.items() if packed.size})
+    for key, packed in rest.items():
+        np.testing.assert_array_equal(packed, whole[key][:, 3:])
+
+
+def test_a_request_whose_layers_do_not_leave_is_parked_and_others_run(make_bench) -> None:
+    bench = make_bench(running=2, ahead=2)
+    bench.submit(1, prompt(64), deadline_ns=1)
+    bench.submit(2, prompt(64), deadline_ns=2)
+    while bench.engine.step():
+        if bench.layers(2):
+            bench.sent(2)
+    assert len(bench.layers(1)) == 2
+    assert len(bench.layers(2)) == LAYERS
+    bench.sent(1)
+    assert bench.engine.step()
+    assert not bench.engine.step()
+    assert len(bench.layers(1)) == 3
+
+
+def test_a_layer_starts_only_after_the_one_before_the_last_has_left(make_bench) -> None:
+    bench = make_bench(ahead=2)
+    bench.submit(1, prompt(128))
+    left = 0
+    for _ in range(2 * LAYERS):
+        while bench.engine.step():
+            pass
+        assert len(bench.layers(1)) <= left + 2
+        bench.sent(1)
+        left += 1
+    assert len(bench.layers(1)) == 2 * LAYERS
+    assert bench.engine.free_slots == 4
+
+
+def test_an_urgent_request_overtakes_within_a_layer(make_bench) -> None:
+    bench = make_bench()
+    bench.submit(1, prompt(128), deadline_ns=100)
+    assert bench.engine.step()
+    bench.submit(2, prompt(32), deadline_ns=50)
+    assert bench.engine.step()
+    assert bench.events[-1].layer.job == 2
+
+
+def test_closing_ends_the_computation_and_frees_every_slot(make_bench) -> None:
+    bench = make_bench()
+    bench.submit(1, prompt(512))
+    assert bench.engine.step()
+    bench.close(1)
+    assert not bench.engine.step()
+    assert len(bench.layers(1)) == 1
+    assert bench.engine.idle
+    assert bench.engine.free_slots == 4
+
+
+def test_a_failing_computation_ends_its_own_request_alone(make_bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench()
+    bench.submit(1, prompt(64), deadline_ns=1)
+    bench.submit(2, prompt(64), deadline_ns=2)
+    whole = cpu_module.CpuAccelerator.run_layer
+
+    def fails_once(*args: object) -> torch.Tensor:
+        monkeypatch.setattr(cpu_module.CpuAccelerator, "run_layer", whole)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(cpu_module.CpuAccelerator, "run_layer", fails_once)
+    assert bench.engine.step()
+    failed = bench.events[-1].failed
+    assert (failed.job, failed.error.code) == (1, "internal")
+    assert "luck" not in failed.error.message
+    bench.run(2)
+    assert len(bench.layers(2)) == LAYERS
+    bench.close(1)
+    bench.close(2)
+    assert bench.engine.idle
+    assert bench.engine.free_slots == 4
+
+
+def test_a_front_that_breaks_the_protocol_is_noticed(make_bench) -> None:
+    bench = make_bench()
+    with pytest.raises(Internal, match="has none out"):
+        bench.sent(7)
+    with pytest.raises(Internal, match="not open"):
+        bench.close(7)
+
+
+def test_the_output_head_is_not_loaded(checkpoint: Path, accelerators: dict[str, Accelerator]) -> None:
+    accelerator = accelerators["f32"]
+    assert isinstance(accelerator, cpu_module.CpuAccelerator)
+    with pytest.raises(FailedPrecondition, match="without its output head"):
+        accelerator._model.logits(accelerator.embed(prompt(32)))
+
+
+def test_a_profile_that_does_not_fit_names_the_size(tmp_path: Path) -> None:
+    for sizes, name in (({"head_dim": 16}, "head_dim|multiple"), ({"head_dim": 32, "intermediate": 72}, "intermediate")):
+        directory = tmp_path / name[:4]
+        make_tiny_checkpoint(directory, **{"hidden": 64, "heads": 2, "kv_heads": 1, **sizes})
+        with pytest.raises(FailedPrecondition, match=name):
+            find_profile("tt_bfp8").check(read_model_config(directory))
+        find_profile("bf16").check(read_model_config(directory))
+
+
+def test_unknown_profiles_and_accelerators_are_named() -> None:
+    with pytest.raises(InvalidArgument, match=r"fp7.*f32, bf16, tt_bfp8"):
+        find_profile("fp7")
+    spec = AcceleratorSpec(Path("/"), None, PROFILES["f32"])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match=r"abacus.*cpu"):
+        open_accelerator("abacus", spec)
+
+
+def test_a_vendor_ships_its_accelerator_as_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint, EntryPoints
+
+    from hma_serve.prefill import accelerators as module
+
+    points = EntryPoints([EntryPoint("abacus", "unittest.mock:sentinel", module.ENTRY_POINTS)])
+    monkeypatch.setattr(module, "entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr(EntryPoint, "load", lambda self: lambda spec: ("made", self.name, spec.profile.name))
+    spec = AcceleratorSpec(Path("/"), None, PROFILES["f32"])  # type: ignore[arg-type]
+    assert open_accelerator("abacus", spec) == ("made", "abacus", "f32")
