@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hma_serve.core.model_config import ModelConfig
-from hma_serve.model import tensor_shapes
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from hma_serve.core.model_config import ModelConfig
+from hma_serve.model import tensor_shapes
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_TOKEN_ID = 2

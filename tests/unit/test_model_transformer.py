@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
+
 from hma_serve.checkpoint import read_model_config
 from hma_serve.core.errors import FailedPrecondition
 from hma_serve.model import CausalAttention, Linear, LinearSite, Transformer, dense_linear, open_weights
 from support.tiny_qwen3 import make_tiny_checkpoint
-from transformers import Qwen3ForCausalLM
 
 CASES: dict[str, dict[str, Any]] = {
     "one query head per kv head": {"heads": 3, "kv_heads": 3, "head_dim": 16, "hidden": 48},

@@ -121,7 +121,7 @@ class Transformer:
         """Queries, keys and values `[T, heads, head_dim]`, the first two normed per head and rotated."""
         config, eps = self.config, self.config.rms_norm_eps
         q, k, v = torch.split(layer.qkv(x), [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
+        q, k, v = (part.reshape(len(part), -1, config.head_dim) for part in (q, k, v))
         return rotate(rms_norm(q, layer.q_norm, eps), cos_sin), rotate(rms_norm(k, layer.k_norm, eps), cos_sin), v
 
 

@@ -1,0 +1,145 @@
+"""What the model sees: rows of book text, some with passages repeated inside them, and rows of task texts.
+
+Everything is drawn on the training device from two long token streams, so a step never waits for Python. Labels hold
+IGNORED wherever the next token cannot be known: arbitrary facts, and the first tokens of a repeated passage, before the
+model can have noticed that it is being repeated.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+
+from hma_serve.train_demo.tasks import Passages, Segment, TaskWriter
+
+IGNORED = -100
+_CUE_TOKENS = 6
+_LONGEST_COPY = 160
+
+Tokens = npt.NDArray[np.uint16]
+Learned = npt.NDArray[np.bool_]
+
+
+def tokenise(tokenizer: Tokenizer, sections: tuple[str, ...]) -> Tokens:
+    """All sections as one stream of token ids."""
+    encoded = tokenizer.encode_batch_fast(list(sections), add_special_tokens=False)
+    return np.concatenate([np.array(section.ids, dtype=np.uint16) for section in encoded])
+
+
+@dataclass(frozen=True, slots=True)
+class TaskStream:
+    """Task texts end to end.
+
+    Attributes:
+        tokens: `[n]` token ids.
+        learned: `[n]`, False where a token is arbitrary.
+        starts: First index of each text.
+    """
+
+    tokens: Tokens
+    learned: Learned
+    starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def join(cls, parts: list[TaskStream]) -> TaskStream:
+        """Concatenates streams."""
+        offsets = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        return cls(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.learned for part in parts]),
+            np.concatenate([part.starts + offset for part, offset in zip(parts, offsets, strict=False)]),
+        )
+
+
+def write_tasks(tokenizer: Tokenizer, sections: tuple[str, ...], texts: int, workers: int) -> TaskStream:
+    """Generates and tokenises task texts in `workers` processes, each quoting from its own share of the sections."""
+    shares = [sections[worker::workers] for worker in range(workers)]
+    serialised = tokenizer.to_str()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [
+            pool.submit(_write_share, serialised, share, texts // workers, seed) for seed, share in enumerate(shares)
+        ]
+        return TaskStream.join([future.result() for future in futures])
+
+
+def _write_share(serialised: str, sections: tuple[str, ...], texts: int, seed: int) -> TaskStream:
+    writer = TaskWriter(Passages.of(sections), seed)
+    return encode_texts(Tokenizer.from_str(serialised), [writer.text() for _ in range(texts)])
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[list[Segment]]) -> TaskStream:
+    """Tokenises each text as a whole, as a prompt will be, and marks tokens by the segment they begin in."""
+    encoded = tokenizer.encode_batch(["".join(text for text, _ in segments) for segments in texts])
+    parts = []
+    for segments, encoding in zip(texts, encoded, strict=True):
+        learned_char = np.concatenate([np.full(len(text), learned) for text, learned in segments])
+        begins = np.array([begin for begin, _ in encoding.offsets])
+        tokens = np.array(encoding.ids, dtype=np.uint16)
+        parts.append(TaskStream(tokens, learned_char[begins], np.zeros(1, dtype=np.int64)))
+    return TaskStream.join(parts)
+
+
+class BatchSource:
+    """Draws training rows on a device."""
+
+    def __init__(self, books: Tokens, tasks: TaskStream, *, vocabulary: int, device: torch.device, seed: int) -> None:
+        self._books = torch.from_numpy(books.astype(np.int32)).to(device)
+        self._tasks = torch.from_numpy(tasks.tokens.astype(np.int32)).to(device)
+        self._learned = torch.from_numpy(tasks.learned).to(device)
+        self._starts = torch.from_numpy(tasks.starts).to(device)
+        self._vocabulary = vocabulary
+        self._device = device
+        self._random = torch.Generator(device).manual_seed(seed)
+
+    def draw(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One batch.
+
+        Args:
+            rows: Sequences in the batch: 30 % tasks, 25 % books with repeated passages, the rest plain books.
+            length: Tokens per sequence.
+
+        Returns:
+            Token ids and labels, int64 `[rows, length]`; a label is the next token or IGNORED.
+        """
+        from_tasks, repeating = max(1, rows * 3 // 10), max(1, rows // 4)
+        books = self._window(self._books, self._below(len(self._books) - length - 1, rows - from_tasks), length)
+        known = torch.ones_like(books, dtype=torch.bool)
+        books[:repeating], known[:repeating] = self._with_repeats(books[:repeating])
+        starts = self._starts[self._below(len(self._starts), from_tasks)].clamp(max=len(self._tasks) - length - 1)
+        tokens = torch.cat((books, self._window(self._tasks, starts, length))).long()
+        known = torch.cat((known, self._window(self._learned, starts, length)))
+        return tokens[:, :-1], torch.where(known, tokens, IGNORED)[:, 1:]
+
+    def _with_repeats(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Overwrites parts of each row with earlier passages of it; half the passages are random tokens."""
+        rows, length = tokens.shape
+        known = torch.ones_like(tokens, dtype=torch.bool)
+        column = torch.arange(length, device=self._device)[None]
+        for repeat in range(3):
+            span = 16 + self._below(min(_LONGEST_COPY, length // 8), rows)[:, None]
+            source = (self._fraction(rows)[:, None] * (length - 2 * span)).long()
+            target = source + span + (self._fraction(rows)[:, None] * (length - source - 2 * span)).long()
+            in_source = (column >= source) & (column < source + span)
+            in_target = (column >= target) & (column < target + span)
+            if repeat == 0:
+                noise = torch.randint_like(tokens, 3, self._vocabulary, generator=self._random)
+                noisy = in_source & (self._fraction(rows)[:, None] < 0.5)
+                tokens, known = torch.where(noisy, noise, tokens), known & ~noisy
+            tokens = tokens.gather(1, torch.where(in_target, column - target + source, column))
+            known = torch.where(in_target, column >= target + _CUE_TOKENS, known & (column != target + span))
+        return tokens, known
+
+    def _window(self, stream: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+        return stream[starts[:, None] + torch.arange(length + 1, device=self._device)]
+
+    def _below(self, limit: int, count: int) -> torch.Tensor:
+        return torch.randint(max(1, limit), (count,), device=self._device, generator=self._random)
+
+    def _fraction(self, count: int) -> torch.Tensor:
+        return torch.rand(count, device=self._device, generator=self._random)

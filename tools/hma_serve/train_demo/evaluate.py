@@ -1,0 +1,174 @@
+"""Measures a demo checkpoint: held-out loss, recital over a thousand tokens, look-up among distractors.
+
+Greedy decoding is judged exactly but cheaply: one pass over prompt and expected answer shows how many tokens the model
+gets right in a row, and only after a first mistake is anything generated step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional
+
+from hma_serve.checkpoint import read_model_config, resolve_checkpoint
+from hma_serve.model import CausalAttention, Transformer, open_weights
+from hma_serve.train_demo.corpus import Corpus, read_corpus
+from hma_serve.train_demo.tasks import DISTRACTORS, Passages, TaskWriter
+
+COPY_TOKENS = 32
+COPY_DISTANCE = 1000
+_CUE_TOKENS = 8
+_WINDOW = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a checkpoint can do.
+
+    Attributes:
+        nats_per_byte: Held-out loss, windows of 2,048 tokens, per byte of UTF-8 text.
+        copied_prose: Share of tokens right when a 32-token passage of held-out prose begins again 1,000 tokens later.
+        copied_random: The same for 32 random tokens amid prose.
+        found: Share of look-ups among 20 distractors answered exactly.
+        samples: Number of copies of each kind, and of look-ups.
+    """
+
+    nats_per_byte: float
+    copied_prose: float
+    copied_random: float
+    found: float
+    samples: int
+
+    def lines(self) -> list[str]:
+        """For people to read."""
+        return [
+            f"held-out loss: {self.nats_per_byte:.4f} nats per byte ({self.nats_per_byte / math.log(2):.4f} bits)",
+            f"{COPY_TOKENS} tokens of prose copied from {COPY_DISTANCE:,} tokens back: {self.copied_prose:.1%} right",
+            f"{COPY_TOKENS} random tokens copied from {COPY_DISTANCE:,} tokens back: {self.copied_random:.1%} right",
+            f"look-up among {DISTRACTORS} distractors: {self.found:.1%} exact",
+        ]
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, *, samples: int, seed: int = 1) -> Scores:
+    """Measures everything, greedily, with `samples` prompts per task and as many windows of held-out text."""
+    with torch.inference_mode():
+        stream = _held_out_stream(tokenizer, corpus)
+        generator = torch.Generator().manual_seed(seed)
+        prose = _mean(_copied(model, stream, generator, noise=False) for _ in range(samples))
+        noise = _mean(_copied(model, stream, generator, noise=True) for _ in range(samples))
+        writer = TaskWriter(Passages.of(corpus.held_out), seed)
+        found = _mean(_found(model, tokenizer, writer) for _ in range(samples))
+        return Scores(_nats_per_byte(model, tokenizer, corpus, samples), prose, noise, found, samples)
+
+
+def greedy(model: Transformer, prompt: list[int], expected: list[int]) -> list[int]:
+    """Generates as many tokens as are expected.
+
+    Args:
+        model: The model.
+        prompt: Token ids.
+        expected: What a perfect answer would be; affects speed only, never the result.
+
+    Returns:
+        The greedy continuation of the prompt, of the length of `expected`.
+    """
+    cache = CausalAttention(model.config.num_layers)
+    ids = torch.tensor(prompt + expected[:-1], device=model.device)
+    hidden = model.forward(ids, torch.arange(len(ids), device=model.device), cache)
+    guesses: list[int] = model.logits(hidden[len(prompt) - 1 :]).argmax(-1).tolist()
+    right = next((n for n, pair in enumerate(zip(guesses, expected, strict=True)) if pair[0] != pair[1]), len(expected))
+    return (
+        guesses[: right + 1]
+        if right + 1 >= len(expected)
+        else _continued(model, prompt, guesses[: right + 1], len(expected))
+    )
+
+
+def _continued(model: Transformer, prompt: list[int], known: list[int], length: int) -> list[int]:
+    cache = CausalAttention(model.config.num_layers)
+    pending, done, out = prompt + known, 0, list(known)
+    while True:
+        ids = torch.tensor(pending, device=model.device)
+        hidden = model.forward(ids, torch.arange(done, done + len(ids), device=model.device), cache)
+        out.append(int(model.logits(hidden[-1:]).argmax()))
+        if len(out) == length:
+            return out
+        pending, done = out[-1:], done + len(ids)
+
+
+def _copied(model: Transformer, stream: torch.Tensor, generator: torch.Generator, *, noise: bool) -> float:
+    """Share of a passage's tokens that come out right after its first eight are given again."""
+    start = int(torch.randint(len(stream) - COPY_DISTANCE, (1,), generator=generator))
+    ids = stream[start : start + COPY_DISTANCE].clone()
+    passage = _CUE_TOKENS + COPY_TOKENS
+    if noise:
+        ids[:passage] = torch.randint(3, model.config.vocab_size, (passage,), generator=generator)
+    tokens: list[int] = ids.tolist()
+    expected = tokens[_CUE_TOKENS:passage]
+    out = greedy(model, tokens + tokens[:_CUE_TOKENS], expected)
+    return sum(a == b for a, b in zip(out, expected, strict=True)) / len(expected)
+
+
+def _found(model: Transformer, tokenizer: Tokenizer, writer: TaskWriter) -> float:
+    task = writer.lookup()
+    prompt = tokenizer.encode(task.prompt).ids
+    expected = tokenizer.encode(task.prompt + task.answer).ids[len(prompt) :]
+    return float(greedy(model, prompt, expected) == expected)
+
+
+def _nats_per_byte(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, windows: int) -> float:
+    """Every window's first token is given, not predicted; its bytes are not counted either."""
+    nats, length = 0.0, 0
+    for section in corpus.held_out:
+        ids = tokenizer.encode(section).ids
+        for start in range(0, len(ids) - 1, _WINDOW):
+            window = torch.tensor(ids[start : start + _WINDOW], device=model.device)
+            positions = torch.arange(len(window) - 1, device=model.device)
+            hidden = model.forward(window[:-1], positions, CausalAttention(model.config.num_layers))
+            nats += float(functional.cross_entropy(model.logits(hidden).float(), window[1:], reduction="sum"))
+            length += len(tokenizer.decode(window[1:].tolist()).encode())
+            windows -= 1
+            if windows == 0:
+                return nats / length
+    return nats / length
+
+
+def _held_out_stream(tokenizer: Tokenizer, corpus: Corpus) -> torch.Tensor:
+    sections = list(corpus.held_out)
+    random.Random(0).shuffle(sections)
+    return torch.tensor([token for section in sections for token in tokenizer.encode(section).ids])
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
+
+
+def load(directory: Path, device: str) -> tuple[Transformer, Tokenizer]:
+    """A checkpoint's model, in float32, and its tokenizer."""
+    config = read_model_config(directory)
+    with open_weights(directory, config, device=device, dtype=torch.float32) as weights:
+        return Transformer(config, weights), Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the scores of a checkpoint."""
+    parser = argparse.ArgumentParser(prog="python -m hma_serve.train_demo.evaluate", description=main.__doc__)
+    parser.add_argument("--corpus", type=Path, required=True, help="the corpus the model was trained from")
+    parser.add_argument("--model", default="demo", help="demo or a checkpoint directory")
+    parser.add_argument("--samples", type=int, default=50, help="prompts per task")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    model, tokenizer = load(resolve_checkpoint(options.model), options.device)
+    print("\n".join(evaluate(model, tokenizer, read_corpus(options.corpus), samples=options.samples).lines()))
+
+
+if __name__ == "__main__":
+    main()
