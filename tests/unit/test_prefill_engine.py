@@ -213,7 +213,11 @@ def test_tokens_that_decode_holds_are_computed_but_not_handed_out(make_bench) ->
     bench = make_bench(chunk=64)
     bench.submit(2, prompt(192), token_start=96)
     received = bench.run(2)
-    assert [(done.token_start, done.token_count) for done in bench.layers(2)[::LAYERS]] == [(64, 0), (96, 32), (128, 64)]
+    assert [(done.token_start, done.token_count) for done in bench.layers(2)[::LAYERS]] == [
+        (64, 0),
+        (96, 32),
+        (128, 64),
+    ]
     rest = joined({key: packed for key, packed in received.items() if packed.size})
     for key, packed in rest.items():
         np.testing.assert_array_equal(packed, whole[key][:, 3:])
@@ -307,7 +311,10 @@ def test_the_output_head_is_not_loaded(checkpoint: Path, accelerators: dict[str,
 
 
 def test_a_profile_that_does_not_fit_names_the_size(tmp_path: Path) -> None:
-    for sizes, name in (({"head_dim": 16}, "head_dim|multiple"), ({"head_dim": 32, "intermediate": 72}, "intermediate")):
+    for sizes, name in (
+        ({"head_dim": 16}, "head_dim|multiple"),
+        ({"head_dim": 32, "intermediate": 72}, "intermediate"),
+    ):
         directory = tmp_path / name[:4]
         make_tiny_checkpoint(directory, **{"hidden": 64, "heads": 2, "kv_heads": 1, **sizes})
         with pytest.raises(FailedPrecondition, match=name):

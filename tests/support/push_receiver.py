@@ -1,0 +1,163 @@
+"""A KvTransfer server for tests: receives like decode, checks every block, and misbehaves on request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+import numpy as np
+
+from hma_serve.core.errors import HmaError
+from hma_serve.kvblock import StreamPlan, StreamReader, decode_frame, validate_manifest
+from hma_serve.rpc import MAX_MESSAGE_BYTES, error_detail
+from hma_serve.v1 import kv_transfer_pb2 as pb
+
+
+@dataclass
+class Received:
+    """What came by one stream."""
+
+    ticket: bytes
+    epoch: int
+    plan: StreamPlan
+    blocks: int = 0
+    sizes: list[int] = field(default_factory=list)
+    packed: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    committed: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def decoded(self, layer: int, role: int) -> np.ndarray:
+        """float32 [heads, tokens, head_dim], by the format's own numpy decoder."""
+        role_plan = self.plan.roles[layer, role]
+        packed = self.packed[layer, role]
+        return role_plan.codec.decode(packed.tobytes(), role_plan.kv_heads, self.plan.token_count, role_plan.head_dim)
+
+
+@dataclass
+class Behaviour:
+    """How to receive.
+
+    Attributes:
+        window: Payload bytes of credit beyond what is acknowledged.
+        refusal: Refuse the stream when it opens.
+        refuse_at: ... or instead of acknowledging this block.
+        stall_at: Never acknowledge, from this block on.
+        hang_up_at: End the call after this block.
+        silent: Never answer at all.
+        accepted: Replaces the acceptance.
+        ack: Replaces the first acknowledgement.
+        committed: Replaces the commit.
+    """
+
+    window: int = 8 << 20
+    refusal: HmaError | None = None
+    refuse_at: int | None = None
+    stall_at: int | None = None
+    hang_up_at: int | None = None
+    silent: bool = False
+    accepted: pb.PushAccepted | None = None
+    ack: pb.PushAck | None = None
+    committed: pb.PushCommitted | None = None
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class PushReceiver(grpc.GenericRpcHandler):
+    """`async with PushReceiver() as receiver:` serves on `receiver.address`; one behaviour for all streams or per ticket."""
+
+    def __init__(self, behaviour: Behaviour | None = None) -> None:
+        self.behaviour = behaviour or Behaviour()
+        self.by_ticket: dict[bytes, Behaviour] = {}
+        self.streams: list[Received] = []
+        self.address = ""
+        self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
+
+    async def __aenter__(self) -> PushReceiver:
+        self._server.add_generic_rpc_handlers((self,))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._server.stop(0)
+
+    async def kill(self) -> None:
+        """As if the process had died."""
+        await self._server.stop(0)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        if handler_call_details.method != "/hma_serve.v1.KvTransfer/Push":
+            return None
+        return grpc.stream_stream_rpc_method_handler(
+            self._push, request_deserializer=bytes, response_serializer=pb.PushResponse.SerializeToString
+        )
+
+    async def _push(
+        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.PushResponse]:
+        opening = decode_frame(await anext(frames))[0].open
+        how = self.by_ticket.get(opening.ticket, self.behaviour)
+        stream = Received(opening.ticket, opening.epoch, validate_manifest(opening.manifest))
+        self.streams.append(stream)
+        try:
+            async for response in self._receive(stream, how, frames):
+                yield response
+        finally:
+            stream.ended.set()
+
+    async def _receive(
+        self, stream: Received, how: Behaviour, frames: AsyncIterator[bytes]
+    ) -> AsyncIterator[pb.PushResponse]:
+        if how.silent:
+            await asyncio.Event().wait()
+        if how.refusal is not None and how.refuse_at is None:
+            yield pb.PushResponse(refused=pb.PushRefused(error=error_detail(how.refusal)))
+            return
+        yield pb.PushResponse(
+            accepted=how.accepted
+            or pb.PushAccepted(
+                transport=pb.TRANSPORT_GRPC, max_message_bytes=MAX_MESSAGE_BYTES, credit_bytes=how.window
+            )
+        )
+        reader = StreamReader(stream.plan, stream.ticket, stream.epoch)
+        async for frame in frames:
+            header, payload = decode_frame(frame)
+            if header.HasField("end"):
+                reader.finish(header.end)
+                stream.committed = True
+                yield pb.PushResponse(
+                    committed=how.committed
+                    or pb.PushCommitted(blocks=reader.received, payload_bytes=reader.payload_bytes)
+                )
+                return
+            self._store(stream, reader, header, payload)
+            if how.hang_up_at == stream.blocks:
+                return
+            if how.refuse_at == stream.blocks and how.refusal is not None:
+                yield pb.PushResponse(refused=pb.PushRefused(error=error_detail(how.refusal)))
+                return
+            if how.stall_at is not None and stream.blocks >= how.stall_at:
+                await how.resume.wait()
+            credit = reader.payload_bytes + how.window
+            yield pb.PushResponse(ack=how.ack or pb.PushAck(blocks=reader.received, credit_bytes=credit))
+
+    @staticmethod
+    def _store(stream: Received, reader: StreamReader, header: pb.PushHeader, payload: memoryview) -> None:
+        block = reader.validate(header.block, payload)
+        plan = block.role_plan
+        shape = (plan.kv_heads, stream.plan.group_count, plan.group_bytes)
+        packed = stream.packed.setdefault((block.layer, int(block.role)), np.zeros(shape, np.uint8))
+        heads = slice(block.head_start, block.head_start + block.head_count)
+        packed[heads, block.group_start : block.group_start + block.group_count] = block.groups()
+        stream.blocks += 1
+        stream.sizes.append(len(payload))
+
+
+@contextlib.asynccontextmanager
+async def push_receiver(behaviour: Behaviour | None = None) -> AsyncIterator[PushReceiver]:
+    """A receiver that is gone afterwards."""
+    async with PushReceiver(behaviour) as receiver:
+        yield receiver
