@@ -47,7 +47,9 @@ def etcd_backend(server: EtcdServer) -> Backend:
     return Backend(lambda: EtcdStore(parse_endpoints(server.url), pulse=0.1), compact)
 
 
-@pytest.fixture(scope="module", params=[None, *etcd_binaries()], ids=lambda binary: binary_name(binary) if binary else "memory")
+@pytest.fixture(
+    scope="module", params=[None, *etcd_binaries()], ids=lambda binary: binary_name(binary) if binary else "memory"
+)
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     if request.param is None:
         yield memory_backend()

@@ -59,8 +59,9 @@ class TcpProxy:
             self._closing = True
         self._waker.send(b"x")
         self._thread.join()
-        for thing in (*self._pairs, self._listener, self._waker, self._wakee, self._selector):
-            thing.close()
+        for end in (*self._pairs, self._listener, self._waker, self._wakee):
+            end.close()
+        self._selector.close()
 
     def _set(self, *, cut: bool = False, frozen: bool = False) -> None:
         with self._lock:

@@ -51,9 +51,7 @@ def a_worker(role: WorkerRole = WorkerRole.DECODE, instance: str = "", address: 
     )
 
 
-def wait_fleet(
-    watcher: Watcher, condition: Callable[[FleetSnapshot], bool], timeout: float = 15.0
-) -> FleetSnapshot:
+def wait_fleet(watcher: Watcher, condition: Callable[[FleetSnapshot], bool], timeout: float = 15.0) -> FleetSnapshot:
     """Blocks until a snapshot meets the condition, and returns that snapshot."""
     found: list[FleetSnapshot] = []
     met = threading.Event()

@@ -128,6 +128,11 @@ def test_a_lease_counts_from_the_moment_of_the_request() -> None:
     step = bench.step()
     # Two seconds of the third have passed while the answer was on its way.
     assert step.wait == pytest.approx(TTL / 3 - 2)
+    bench.store.away = True
+    bench.clock.now += TTL - 2 - 0.01
+    assert bench.step().state is SessionState.RETRYING
+    bench.clock.now += 0.01
+    assert bench.step().state is SessionState.LOST
 
 
 def test_attempts_leave_room_for_others_before_the_lease_ends() -> None:

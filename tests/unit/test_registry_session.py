@@ -18,7 +18,7 @@ def test_a_session_registers_updates_and_goes() -> None:
     store, info = MemoryStore(), a_worker()
     with Session(store, info) as session:
         assert session.wait_published(10)
-        assert session.status.state is SessionState.REGISTERED
+        assert session.status.routable
         assert session.info == replace(info, epoch=1)
         session.update(replace(session.info, state=WorkerState.DRAINING))
         assert session.wait_published(10)
@@ -78,9 +78,7 @@ def test_a_store_that_is_away_fails_the_wait_and_not_the_process() -> None:
         assert session.status.state is SessionState.STARTING
 
 
-def test_a_defect_does_not_end_the_thread(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_defect_does_not_end_the_thread(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("hma_serve.registry.session._CRASH_WAIT", 0.01)
     store, grant, failed = MemoryStore(), MemoryStore.grant, threading.Event()
 
