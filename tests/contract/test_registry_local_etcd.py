@@ -44,7 +44,7 @@ def test_a_taken_port_is_told_from_its_log(tmp_path: Path) -> None:
 
 def test_a_port_lost_in_a_race_is_chosen_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        free = [taken.getsockname()[1]]
+        free: list[int] = [taken.getsockname()[1]]
 
         def unlucky_once() -> int:
             if free:
