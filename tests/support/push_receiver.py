@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -66,13 +65,17 @@ class Behaviour:
 
 
 class PushReceiver(grpc.GenericRpcHandler):
-    """`async with PushReceiver() as receiver:` serves on `receiver.address`; one behaviour for all streams or per ticket."""
+    """`async with PushReceiver() as receiver:` serves on `receiver.address`.
+
+    Streams are received as `behaviour` says, or `by_ticket` for single ones.
+    """
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
         self.behaviour = behaviour or Behaviour()
         self.by_ticket: dict[bytes, Behaviour] = {}
         self.streams: list[Received] = []
         self.address = ""
+        self._changed = asyncio.Condition()
         self._server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)])
 
     async def __aenter__(self) -> PushReceiver:
@@ -88,7 +91,25 @@ class PushReceiver(grpc.GenericRpcHandler):
         """As if the process had died."""
         await self._server.stop(0)
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    async def stream(self, ticket: bytes, *, blocks: int = 0) -> Received:
+        """Waits until that many blocks came with that ticket."""
+
+        def found() -> Received | None:
+            return next((one for one in self.streams if one.ticket == ticket and one.blocks >= blocks), None)
+
+        async with self._changed:
+            await self._changed.wait_for(found)
+        stream = found()
+        assert stream is not None
+        return stream
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[bytes, pb.PushResponse] | None:
         if handler_call_details.method != "/hma_serve.v1.KvTransfer/Push":
             return None
         return grpc.stream_stream_rpc_method_handler(
@@ -96,12 +117,13 @@ class PushReceiver(grpc.GenericRpcHandler):
         )
 
     async def _push(
-        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, pb.PushResponse]
     ) -> AsyncIterator[pb.PushResponse]:
         opening = decode_frame(await anext(frames))[0].open
         how = self.by_ticket.get(opening.ticket, self.behaviour)
         stream = Received(opening.ticket, opening.epoch, validate_manifest(opening.manifest))
         self.streams.append(stream)
+        await self._notify()
         try:
             async for response in self._receive(stream, how, frames):
                 yield response
@@ -134,6 +156,7 @@ class PushReceiver(grpc.GenericRpcHandler):
                 )
                 return
             self._store(stream, reader, header, payload)
+            await self._notify()
             if how.hang_up_at == stream.blocks:
                 return
             if how.refuse_at == stream.blocks and how.refusal is not None:
@@ -154,10 +177,3 @@ class PushReceiver(grpc.GenericRpcHandler):
         packed[heads, block.group_start : block.group_start + block.group_count] = block.groups()
         stream.blocks += 1
         stream.sizes.append(len(payload))
-
-
-@contextlib.asynccontextmanager
-async def push_receiver(behaviour: Behaviour | None = None) -> AsyncIterator[PushReceiver]:
-    """A receiver that is gone afterwards."""
-    async with PushReceiver(behaviour) as receiver:
-        yield receiver

@@ -26,7 +26,7 @@ _CODECS = {"f32": "f32", "bf16": "bf16", "tt_bfp8": "tt_bfp8_b"}
 def _bfp8_linear(weight: torch.Tensor, site: LinearSite) -> Linear:
     """Both operands rounded to BFP8: the weight in groups of 16 output features, the input in groups of 16 features."""
     # Part by part, as if q, k and v (gate and up) were separate matrices; [in, out] as the vendor stores it.
-    parts = [quant.fake_quantize_bfp8(part.T.contiguous(), axis=-1).T for part in weight.split(site.parts)]
+    parts = [quant.fake_quantize_bfp8(part.T.contiguous(), axis=-1).T for part in torch.split(weight, list(site.parts))]
     rounded = torch.cat(parts).contiguous()
     return lambda x: torch.nn.functional.linear(quant.fake_quantize_bfp8(x, axis=-1), rounded)
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
-from support.push_receiver import Behaviour, PushReceiver
 
 from hma_serve.core.errors import DeadlineExceeded, FailedPrecondition, HmaError, Internal, NotFound, Unavailable
 from hma_serve.internal.v1.prefill_engine_pb2 import PrefillLayerDone
@@ -19,6 +18,7 @@ from hma_serve.prefill.streamer import Destination, Streamer, Transfers
 from hma_serve.rpc import ChannelCache
 from hma_serve.v1 import common_pb2, kv_transfer_pb2
 from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KvManifest, KvRope
+from support.push_receiver import Behaviour, PushReceiver
 
 HEADS, HEAD_DIM, LAYERS, TOKENS = 2, 32, 3, 128
 UNIT = 32 * HEAD_DIM * 4
@@ -143,9 +143,17 @@ async def test_tokens_that_decode_holds_are_not_sent(sender: Sender, receiver: P
     assert receiver.streams[0].committed
 
 
-def accepted(**changes: int) -> kv_transfer_pb2.PushAccepted:
-    usual = {"transport": 1, "max_message_bytes": 2 << 20, "credit_bytes": 8 << 20}
-    return kv_transfer_pb2.PushAccepted(**(usual | changes))
+def accepted(
+    *,
+    transport: int = kv_transfer_pb2.TRANSPORT_GRPC,
+    max_message_bytes: int = 2 << 20,
+    credit_bytes: int = 8 << 20,
+) -> kv_transfer_pb2.PushAccepted:
+    return kv_transfer_pb2.PushAccepted(
+        transport=kv_transfer_pb2.Transport.ValueType(transport),
+        max_message_bytes=max_message_bytes,
+        credit_bytes=credit_bytes,
+    )
 
 
 FAILURES = {
@@ -233,8 +241,7 @@ async def test_the_deadline_of_the_request_ends_a_wait(sender: Sender, receiver:
 async def test_a_failure_elsewhere_ends_a_wait_at_once(sender: Sender, receiver: PushReceiver) -> None:
     receiver.behaviour = Behaviour(silent=True)
     sending = asyncio.create_task(sender.send_all())
-    while not receiver.streams:
-        await asyncio.sleep(0)
+    await receiver.stream(TICKET)
     failure: HmaError = Unavailable("the prefill engine is gone")
     sender.guard.fail(failure)
     with pytest.raises(Unavailable) as caught:
@@ -262,8 +269,7 @@ async def test_a_stalled_transfer_does_not_hold_another_to_the_same_decode(
 async def test_cancelling_ends_the_call(sender: Sender, receiver: PushReceiver) -> None:
     receiver.behaviour = Behaviour(window=2 * UNIT, stall_at=1)
     sending = asyncio.create_task(sender.send_all())
-    while not receiver.streams or not receiver.streams[0].blocks:
-        await asyncio.sleep(0)
+    await receiver.stream(TICKET, blocks=1)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending

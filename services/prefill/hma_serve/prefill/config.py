@@ -108,26 +108,52 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hma-serve prefill",
         description="Computes prompts' KV in low precision and pushes it to decode workers, layer by layer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="demo", metavar="demo|DIR|HUB_ID", help="the checkpoint")
-    model.add_argument("--profile", default="tt_bfp8", choices=list(PROFILES), help="arithmetic and KV codec")
-    model.add_argument("--device", default="cpu", help="kind of accelerator; packages can add more")
-    model.add_argument("--threads", type=int, default=default_threads(), help="of the engine's arithmetic")
+    model.add_argument(
+        "--model", default="demo", metavar="demo|DIR|HUB_ID", help="the checkpoint (default: %(default)s)"
+    )
+    model.add_argument(
+        "--profile", default="tt_bfp8", choices=list(PROFILES), help="arithmetic and KV codec (default: %(default)s)"
+    )
+    model.add_argument(
+        "--device", default="cpu", help="kind of accelerator; packages can add more (default: %(default)s)"
+    )
+    model.add_argument(
+        "--threads", type=int, default=default_threads(), help="of the engine's arithmetic (default: %(default)s)"
+    )
     work = parser.add_argument_group("work")
-    work.add_argument("--chunk-tokens", type=int, default=512, help="tokens computed together, a multiple of 32")
     work.add_argument(
-        "--layers-ahead", type=int, default=2, help="layers computed before the oldest of them must have left"
+        "--chunk-tokens",
+        type=int,
+        default=512,
+        help="tokens computed together, a multiple of 32 (default: %(default)s)",
+    )
+    work.add_argument(
+        "--layers-ahead",
+        type=int,
+        default=2,
+        help="layers computed before the oldest of them must have left (default: %(default)s)",
     )
     work.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt; default: the model's window")
-    work.add_argument("--max-running", type=int, default=8, help="requests whose KV may be held at once")
-    work.add_argument("--max-waiting", type=int, default=64, help="requests that may wait before more are refused")
+    work.add_argument(
+        "--max-running", type=int, default=8, help="requests whose KV may be held at once (default: %(default)s)"
+    )
+    work.add_argument(
+        "--max-waiting",
+        type=int,
+        default=64,
+        help="requests that may wait before more are refused (default: %(default)s)",
+    )
     work.add_argument(
         "--kv-capacity-tokens", type=int, metavar="TOKENS", help="KV held at once; default: max-running longest prompts"
     )
     work.add_argument(
-        "--stall-timeout", type=float, default=15.0, metavar="SECONDS", help="how long decode may let a transfer wait"
+        "--stall-timeout",
+        type=float,
+        default=15.0,
+        metavar="SECONDS",
+        help="how long decode may let a transfer wait (default: %(default)s)",
     )
     work.add_argument("--events", type=Path, metavar="FILE", help="record when each layer was computed and left")
     place = parser.add_argument_group("place")
@@ -137,20 +163,43 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL[,URL]|none",
         help="the registry; none: do not register (environment: ETCD_ENDPOINTS)",
     )
-    place.add_argument("--registry-ttl", type=float, default=10.0, metavar="SECONDS", help="lease in the registry")
-    place.add_argument("--listen", default="127.0.0.1:50061", metavar="HOST:PORT", help="gRPC; port 0: a free one")
+    place.add_argument(
+        "--registry-ttl",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="lease in the registry (default: %(default)s)",
+    )
+    place.add_argument(
+        "--listen",
+        default="127.0.0.1:50061",
+        metavar="HOST:PORT",
+        help="gRPC; port 0: a free one (default: %(default)s)",
+    )
     place.add_argument("--advertise", metavar="HOST[:PORT]", help="where others find this worker; default: as bound")
     place.add_argument(
         "--http-listen",
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="/live, /ready and /metrics; port 0: a free one",
+        help="/live, /ready and /metrics; port 0: a free one (default: %(default)s)",
     )
-    place.add_argument("--price-per-hour", type=float, default=0.0, metavar="USD", help="of this worker; 0: not stated")
     place.add_argument(
-        "--drain-grace", type=float, default=60.0, metavar="SECONDS", help="for running requests after SIGTERM"
+        "--price-per-hour",
+        type=float,
+        default=0.0,
+        metavar="USD",
+        help="of this worker; 0: not stated (default: %(default)s)",
     )
-    place.add_argument("--log-format", default="human", choices=["human", "json"], help="of the log on stderr")
+    place.add_argument(
+        "--drain-grace",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for running requests after SIGTERM (default: %(default)s)",
+    )
+    place.add_argument(
+        "--log-format", default="human", choices=["human", "json"], help="of the log on stderr (default: %(default)s)"
+    )
     return parser
 
 
