@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import tokenizers
+from google.protobuf import duration_pb2
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from hma_serve.core.errors import HmaError, NotFound
@@ -209,12 +210,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self.active += change
             self._idle.notify_all()
 
-    async def Describe(  # noqa: N802
-        self, request: worker_pb2.DescribeRequest, context: object
-    ) -> worker_pb2.DescribeResponse:
+    async def Describe(self, request: worker_pb2.DescribeRequest, context: object) -> worker_pb2.DescribeResponse:
         return worker_pb2.DescribeResponse(worker=self.info.to_proto())
 
-    async def WatchLoad(  # noqa: N802
+    async def WatchLoad(
         self, request: worker_pb2.WatchLoadRequest, context: object
     ) -> AsyncIterator[worker_pb2.WatchLoadResponse]:
         while True:
@@ -225,6 +224,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
                     await self._report.wait()
             except TimeoutError:
                 continue
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: object) -> worker_pb2.DrainResponse:
+        await self.until_idle()
+        return worker_pb2.DrainResponse()
 
 
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
@@ -238,6 +241,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         stall_after: Send nothing more when so many tokens have been sent.
         eos_after: End by itself after so many tokens.
         per_message: Tokens in one message.
+        present_tokens: What the tickets claim to hold already.
+        lease: Of the tickets.
+        renewals: Leases renewed.
     """
 
     def __init__(self, info: WorkerInfo | None = None) -> None:
@@ -250,6 +256,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         self.stall_after: int | None = None
         self.eos_after: int | None = None
         self.per_message = 1
+        self.lease = duration_pb2.Duration(seconds=30)
+        self.renewals = 0
+        self.present_tokens = 0
         self._arrived: dict[bytes, asyncio.Event] = {}
 
     async def start(self) -> None:
@@ -266,7 +275,16 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
             raise NotFound("no such ticket")
         self._arrived[nonce].set()
 
-    async def Generate(  # noqa: N802
+    async def Extend(self, request: decode_pb2.ExtendRequest, context: object) -> decode_pb2.ExtendResponse:
+        if request.nonce not in self._arrived:
+            raise NotFound("no such ticket")
+        self.renewals += 1
+        return decode_pb2.ExtendResponse(lease=self.lease)
+
+    async def Release(self, request: decode_pb2.ReleaseRequest, context: object) -> decode_pb2.ReleaseResponse:
+        return decode_pb2.ReleaseResponse()
+
+    async def Generate(
         self, request: decode_pb2.DecodeGenerateRequest, context: object
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
         async with self._serving(request):
@@ -277,9 +295,15 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
             nonce = secrets.token_bytes(16)
             self._arrived[nonce] = asyncio.Event()
             try:
-                ticket = decode_pb2.Ticket(nonce=nonce, epoch=request.context.epoch, push_address=self.info.address)
+                ticket = decode_pb2.Ticket(
+                    nonce=nonce,
+                    epoch=request.context.epoch,
+                    push_address=self.info.address,
+                    present_tokens=self.present_tokens,
+                    lease=self.lease,
+                )
                 yield decode_pb2.DecodeGenerateResponse(ticket=ticket)
-                if request.packed_tokens:
+                if request.packed_tokens > self.present_tokens:
                     await self._arrived[nonce].wait()
                 yield decode_pb2.DecodeGenerateResponse(started=decode_pb2.DecodeStarted())
                 async for response in self._tokens(request):
@@ -327,7 +351,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         self.failures: list[HmaError] = []
         self.stalled = False
 
-    async def Prefill(  # noqa: N802
+    async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: object
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         async with self._serving(request):

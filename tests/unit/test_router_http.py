@@ -4,34 +4,50 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry
 
-from hma_serve.core.errors import Unavailable
 from hma_serve.router.config import RouterConfig
 from hma_serve.router.http.app import build_app
 from hma_serve.router.pipeline import Pipeline, run_pipeline
 from hma_serve.telemetry.metrics import router_metrics
-from support.fake_workers import MODEL_NAME, VOCAB, WINDOW, FakeDecode, FakePrefill, FakeRegistry, fake_model, running
+from support.fake_workers import (
+    EOS,
+    MODEL_NAME,
+    VOCAB,
+    WINDOW,
+    FakeDecode,
+    FakePrefill,
+    FakeRegistry,
+    fake_model,
+    running,
+)
 
-Client = TestClient[web.Request, web.Application]
+Client: TypeAlias = TestClient[web.Request, web.Application]
 
 MAX_BODY = 64 << 10
+JSON = {"Content-Type": "application/json"}
 LONG = "It was a dark and stormy night, and the rain fell in torrents. "
 
 
 class Stack:
     """A router over one fake prefill and one fake decode."""
 
-    def __init__(self, client: Client, pipeline: Pipeline, prefill: FakePrefill, decode: FakeDecode) -> None:
+    def __init__(
+        self, client: Client, pipeline: Pipeline, registry: FakeRegistry, prefill: FakePrefill, decode: FakeDecode
+    ) -> None:
         self.client = client
         self.pipeline = pipeline
+        self.registry = registry
         self.prefill = prefill
         self.decode = decode
+
+    def text(self, ids: list[int]) -> str:
+        return self.pipeline.completions.model.tokenizer.decode(ids)
 
     async def complete(self, **body: Any) -> dict[str, Any]:
         response = await self.client.post("/v1/completions", json=body)
@@ -66,8 +82,8 @@ async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
         async with run_pipeline(config, fake_model(), registry, router_metrics(CollectorRegistry())) as pipeline:
             await until_ready(pipeline)
             app = build_app(pipeline.completions, pipeline.not_ready, max_body_bytes=MAX_BODY, body_timeout=0.2)
-            async with TestServer(app) as server, TestClient(server) as client:
-                yield Stack(client, pipeline, prefill, decode)
+            async with TestClient(TestServer(app)) as client:
+                yield Stack(client, pipeline, registry, prefill, decode)
 
 
 @pytest.fixture
@@ -77,6 +93,403 @@ async def stack() -> AsyncIterator[Stack]:
 
 
 async def test_a_long_prompt_goes_through_both_workers(stack: Stack) -> None:
-    answer = await stack.complete(prompt=LONG, max_tokens=len(LONG), model=MODEL_NAME)
+    answer = await stack.complete(prompt=LONG, max_tokens=20, model=MODEL_NAME)
     [choice] = answer["choices"]
-    assert choice["text"] == LONG
+    assert choice["text"] == LONG[:20]
+    assert choice["finish_reason"] == "length"
+    assert answer["object"] == "text_completion"
+    assert answer["usage"]["prompt_tokens"] == len(LONG)
+    assert answer["usage"]["completion_tokens"] == 20
+    [prefill], [decode] = stack.prefill.calls, stack.decode.calls
+    assert len(prefill.token_ids) == decode.packed_tokens == 32
+    assert decode.offer.producer_instance == stack.prefill.info.instance
+    assert decode.context.epoch == prefill.context.epoch == 1
+    assert decode.context.request_id == prefill.context.request_id
+    assert decode.context.HasField("deadline")
+
+
+async def test_a_short_prompt_needs_decode_alone(stack: Stack) -> None:
+    await stack.complete(prompt="short")
+    assert stack.prefill.calls == []
+    assert stack.decode.calls[0].packed_tokens == 0
+    assert not stack.decode.calls[0].HasField("offer")
+
+
+async def test_max_tokens_1_and_a_one_token_prompt(stack: Stack) -> None:
+    answer = await stack.complete(prompt=[65], max_tokens=1)
+    assert answer["choices"][0]["text"] == stack.text([65])
+
+
+async def test_the_default_length_is_openais_and_fits_the_window(stack: Stack) -> None:
+    assert (await stack.complete(prompt="a"))["usage"]["completion_tokens"] == 16
+    assert (await stack.complete(prompt="a" * (WINDOW - 3)))["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_prompts_in_every_form_give_the_same(stack: Stack, streamed: bool) -> None:
+    text = "héllo wörld"
+    ids = stack.pipeline.completions.model.tokenizer.encode(text)
+    for prompt in (text, ids, [text], [ids]):
+        body = {"prompt": prompt, "max_tokens": len(ids), "return_token_ids": True}
+        if not streamed:
+            [choice] = (await stack.complete(**body))["choices"]
+            assert (choice["text"], choice["token_ids"], choice["prompt_token_ids"]) == (text, ids, ids)
+            continue
+        choices = [choice for chunk in await stack.stream(**body) for choice in chunk["choices"]]
+        assert "".join(choice["text"] for choice in choices) == text
+        assert [token for choice in choices for token in choice.get("token_ids", [])] == ids
+        assert [choice["prompt_token_ids"] for choice in choices if "prompt_token_ids" in choice] == [ids]
+
+
+async def test_several_prompts_and_copies_are_numbered_in_order(stack: Stack) -> None:
+    answer = await stack.complete(prompt=["ab", "cd"], n=2, max_tokens=2, seed=7)
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "ab"),
+        (1, "ab"),
+        (2, "cd"),
+        (3, "cd"),
+    ]
+    assert sorted(call.sampling.seed for call in stack.decode.calls) == [7, 7, 8, 8]
+    assert len({call.context.request_id for call in stack.decode.calls}) == 4
+    chunks = await stack.stream(prompt=["ab", "cd"], n=2, max_tokens=2)
+    for index, text in enumerate(["ab", "ab", "cd", "cd"]):
+        own = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == text
+        assert [choice["finish_reason"] for choice in own][-1] == "length"
+
+
+async def test_a_stream_has_usage_when_asked_for(stack: Stack) -> None:
+    plain = await stack.stream(prompt="abc", max_tokens=3)
+    assert all("usage" not in chunk for chunk in plain)
+    *chunks, last = await stack.stream(prompt="abc", max_tokens=3, stream_options={"include_usage": True})
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] == 6
+    assert {chunk["id"] for chunk in chunks} == {last["id"]}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = await stack.stream(prompt="abc", max_tokens=3, stream_options=options)
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("per_message", [1, 3, 100])
+async def test_a_stop_string_ends_the_text_and_frees_the_workers(stack: Stack, per_message: int) -> None:
+    stack.decode.per_message = per_message
+    body = {"prompt": "one STOP two ", "max_tokens": 400, "return_token_ids": True, "stop": ["nothing", "STOP"]}
+    answer = await stack.complete(**body)
+    [choice] = answer["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("one ", "stop", "STOP")
+    assert len(choice["token_ids"]) == answer["usage"]["completion_tokens"] == len("one STOP")
+    await stack.decode.until_idle()
+    chunks = await stack.stream(**body)
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "one "
+    kept = await stack.complete(**body, include_stop_str_in_output=True)
+    assert kept["choices"][0]["text"] == "one STOP"
+    later = await stack.complete(**body, min_tokens=9)
+    assert later["choices"][0]["text"] == "one STOP two one "
+
+
+async def test_stop_conditions_of_decode_reach_it(stack: Stack) -> None:
+    stack.decode.eos_after = 2
+    answer = await stack.complete(prompt="abc", max_tokens=3, stop_token_ids=[5], min_tokens=1, stop=None)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["stop_reason"] == EOS
+    assert answer["usage"]["completion_tokens"] == 2
+    assert (await stack.complete(prompt="abc", max_tokens=3, ignore_eos=True))["usage"]["completion_tokens"] == 3
+    first, second = stack.decode.calls
+    assert list(first.stop.stop_token_ids) == [5]
+    assert first.stop.min_tokens == 1
+    assert second.stop.ignore_eos
+    await stack.complete(prompt="abc", max_tokens=3, stop="x")
+    assert list(stack.decode.calls[-1].stop.stop_strings) == []
+
+
+async def test_sampling_parameters_reach_decode(stack: Stack) -> None:
+    await stack.complete(
+        prompt="a", temperature=0.5, top_p=0.25, top_k=7, min_p=0.125, seed=2**64 - 1, logit_bias={"3": -100}
+    )
+    sampling = stack.decode.calls[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.25, 7, 0.125)
+    assert sampling.seed == 2**64 - 1
+    assert dict(sampling.logit_bias) == {3: -100.0}
+    await stack.complete(prompt="a", temperature=None, top_k=-1, seed=None, stop=None, n=None, stream=None, model=None)
+    sampling = stack.decode.calls[1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
+    assert not sampling.HasField("seed")
+
+
+async def test_logprobs_come_in_openais_shape(stack: Stack) -> None:
+    answer = await stack.complete(prompt="ab", max_tokens=2, logprobs=1)
+    assert answer["choices"][0]["logprobs"] == {
+        "tokens": ["a", "b"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"a": -0.5}, {"b": -0.5}],
+        "text_offset": [0, 1],
+    }
+    chunks = await stack.stream(prompt="ab", max_tokens=2, logprobs=1)
+    assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:2]] == [[0], [1]]
+
+
+async def test_echo_begins_with_the_prompt(stack: Stack) -> None:
+    assert (await stack.complete(prompt="abc", max_tokens=2, echo=True))["choices"][0]["text"] == "abcab"
+    chunks = await stack.stream(prompt="abc", max_tokens=2, echo=True)
+    assert "".join(choice["text"] for chunk in chunks for choice in chunk["choices"]) == "abcab"
+
+
+async def test_a_character_is_never_split_over_chunks(stack: Stack) -> None:
+    text = "🇩🇪漢字é"
+    chunks = await stack.stream(prompt=text, max_tokens=len(text.encode()))
+    assert [choice["text"] for chunk in chunks for choice in chunk["choices"] if choice["text"]] == list(text)
+
+
+async def test_unknown_fields_are_tolerated(stack: Stack) -> None:
+    assert await stack.complete(prompt="a", user="someone", foo={"bar": [1]})
+
+
+async def test_objectives_travel_with_the_request(stack: Stack) -> None:
+    headers = {"x-hma-slo-ttft-ms": "250", "x-llm-d-slo-tpot-ms": "20.5", "X-Request-Id": "job-7"}
+    response = await stack.client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+    assert response.headers["X-Request-Id"] == "job-7"
+    context = stack.decode.calls[0].context
+    assert (context.slo.ttft_seconds, context.slo.tpot_seconds) == (0.25, 0.0205)
+    assert context.client_request_id == "job-7"
+    assert "job-7" not in context.request_id
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é"])
+async def test_an_unfit_request_id_is_replaced(stack: Stack, given: str) -> None:
+    response = await stack.client.get("/health", headers={"X-Request-Id": given})
+    assert response.headers["X-Request-Id"] not in ("", given)
+
+
+# What is refused. The message is for people, so only the rest is pinned.
+REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
+    ("no prompt", {}, 400, "invalid_argument", "prompt"),
+    ("null prompt", {"prompt": None}, 400, "invalid_argument", "prompt"),
+    ("empty text", {"prompt": ""}, 400, "invalid_argument", "prompt"),
+    ("empty list", {"prompt": []}, 400, "invalid_argument", "prompt"),
+    ("empty ids", {"prompt": [[]]}, 400, "invalid_argument", "prompt"),
+    ("one of many empty", {"prompt": ["a", ""]}, 400, "invalid_argument", "prompt"),
+    ("number prompt", {"prompt": 5}, 400, "invalid_argument", "prompt"),
+    ("object prompt", {"prompt": {"a": 1}}, 400, "invalid_argument", "prompt"),
+    ("mixed prompt", {"prompt": [1, "a"]}, 400, "invalid_argument", "prompt"),
+    ("text and ids", {"prompt": ["a", 1]}, 400, "invalid_argument", "prompt"),
+    ("boolean id", {"prompt": [1, True]}, 400, "invalid_argument", "prompt"),
+    ("fractional id", {"prompt": [1, 2.5]}, 400, "invalid_argument", "prompt"),
+    ("negative id", {"prompt": [1, -1]}, 400, "invalid_argument", "prompt"),
+    ("unknown id", {"prompt": [VOCAB]}, 400, "invalid_argument", "prompt"),
+    ("huge id", {"prompt": [2**70]}, 400, "invalid_argument", "prompt"),
+    ("deep ids", {"prompt": [[[1]]]}, 400, "invalid_argument", "prompt"),
+    ("lone surrogate", {"prompt": "a\ud800"}, 400, "invalid_argument", "prompt"),
+    ("too many prompts", {"prompt": ["a"] * 33}, 400, "invalid_argument", "n"),
+    ("too long", {"prompt": "a" * WINDOW}, 400, "context_length_exceeded", "prompt"),
+    ("no room", {"prompt": "a" * 500, "max_tokens": 13}, 400, "context_length_exceeded", "max_tokens"),
+    ("unknown model", {"prompt": "a", "model": "gpt-9"}, 404, "model_not_found", "model"),
+    ("odd model", {"prompt": "a", "model": 7}, 400, "invalid_argument", "model"),
+    ("surrogate model", {"prompt": "a", "model": "\udc00"}, 400, "invalid_argument", "model"),
+    ("zero max_tokens", {"prompt": "a", "max_tokens": 0}, 400, "invalid_argument", "max_tokens"),
+    ("negative max_tokens", {"prompt": "a", "max_tokens": -1}, 400, "invalid_argument", "max_tokens"),
+    ("huge max_tokens", {"prompt": "a", "max_tokens": 10**30}, 400, "invalid_argument", "max_tokens"),
+    ("fractional max_tokens", {"prompt": "a", "max_tokens": 1.5}, 400, "invalid_argument", "max_tokens"),
+    ("text max_tokens", {"prompt": "a", "max_tokens": "5"}, 400, "invalid_argument", "max_tokens"),
+    ("boolean max_tokens", {"prompt": "a", "max_tokens": True}, 400, "invalid_argument", "max_tokens"),
+    ("min above max", {"prompt": "a", "max_tokens": 1, "min_tokens": 2}, 400, "invalid_argument", "min_tokens"),
+    ("min above default", {"prompt": "a", "min_tokens": 17}, 400, "invalid_argument", "min_tokens"),
+    ("negative temperature", {"prompt": "a", "temperature": -0.1}, 400, "invalid_argument", "temperature"),
+    ("huge temperature", {"prompt": "a", "temperature": 10**400}, 400, "invalid_argument", "temperature"),
+    ("text temperature", {"prompt": "a", "temperature": "hot"}, 400, "invalid_argument", "temperature"),
+    ("zero top_p", {"prompt": "a", "top_p": 0}, 400, "invalid_argument", "top_p"),
+    ("top_p above 1", {"prompt": "a", "top_p": 1.1}, 400, "invalid_argument", "top_p"),
+    ("top_k below -1", {"prompt": "a", "top_k": -2}, 400, "invalid_argument", "top_k"),
+    ("min_p above 1", {"prompt": "a", "min_p": 2}, 400, "invalid_argument", "min_p"),
+    ("negative seed", {"prompt": "a", "seed": -1}, 400, "invalid_argument", "seed"),
+    ("huge seed", {"prompt": "a", "seed": 2**64}, 400, "invalid_argument", "seed"),
+    ("zero n", {"prompt": "a", "n": 0}, 400, "invalid_argument", "n"),
+    ("huge n", {"prompt": "a", "n": 10**9}, 400, "invalid_argument", "n"),
+    ("huge logprobs", {"prompt": "a", "logprobs": 21}, 400, "invalid_argument", "logprobs"),
+    ("boolean logprobs", {"prompt": "a", "logprobs": True}, 400, "invalid_argument", "logprobs"),
+    ("echoed logprobs", {"prompt": "a", "logprobs": 1, "echo": True}, 400, "invalid_argument", "echo"),
+    ("number stop", {"prompt": "a", "stop": 5}, 400, "invalid_argument", "stop"),
+    ("mixed stop", {"prompt": "a", "stop": ["a", 5]}, 400, "invalid_argument", "stop"),
+    ("empty stop", {"prompt": "a", "stop": [""]}, 400, "invalid_argument", "stop"),
+    ("many stops", {"prompt": "a", "stop": ["a"] * 17}, 400, "invalid_argument", "stop"),
+    ("long stop", {"prompt": "a", "stop": "a" * 1025}, 400, "invalid_argument", "stop"),
+    ("odd stop ids", {"prompt": "a", "stop_token_ids": "abc"}, 400, "invalid_argument", "stop_token_ids"),
+    ("unknown stop id", {"prompt": "a", "stop_token_ids": [VOCAB]}, 400, "invalid_argument", "stop_token_ids"),
+    ("odd bias", {"prompt": "a", "logit_bias": [1]}, 400, "invalid_argument", "logit_bias"),
+    ("odd bias key", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "invalid_argument", "logit_bias"),
+    ("unknown bias key", {"prompt": "a", "logit_bias": {str(VOCAB): 1}}, 400, "invalid_argument", "logit_bias"),
+    ("huge bias", {"prompt": "a", "logit_bias": {"1": 101}}, 400, "invalid_argument", "logit_bias"),
+    ("text stream", {"prompt": "a", "stream": "yes"}, 400, "invalid_argument", "stream"),
+    ("odd options", {"prompt": "a", "stream": True, "stream_options": 1}, 400, "invalid_argument", "stream_options"),
+    (
+        "lone options",
+        {"prompt": "a", "stream": False, "stream_options": {"a": 1}},
+        400,
+        "invalid_argument",
+        "stream_options",
+    ),
+    ("suffix", {"prompt": "a", "suffix": "z"}, 400, "invalid_argument", "suffix"),
+    ("best_of", {"prompt": "a", "best_of": 3}, 400, "invalid_argument", "best_of"),
+]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
+async def test_a_bad_field_is_refused_by_name(
+    stack: Stack, body: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    for streamed in (False, True):
+        response = await stack.client.post("/v1/completions", json={"stream": streamed} | body)
+        await assert_error(response, status, code, param)
+    assert stack.decode.calls == []
+    assert await stack.complete(prompt="the next one works")
+
+
+BROKEN: list[tuple[str, bytes]] = [
+    ("empty", b""),
+    ("not json", b"prompt=hello"),
+    ("cut off", b'{"prompt": "a'),
+    ("trailing", b'{"prompt": "a"} {}'),
+    ("array", b"[1]"),
+    ("string", b'"a"'),
+    ("null", b"null"),
+    ("nan", b'{"prompt": "a", "temperature": NaN}'),
+    ("infinity", b'{"prompt": "a", "temperature": -Infinity}'),
+    ("not utf-8", b'{"prompt": "\xff"}'),
+    ("utf-16", '{"prompt": "a"}'.encode("utf-16")),
+    ("deep arrays", b"[" * 30_000),
+    ("deep objects", b'{"prompt":' * 5_000),
+    ("endless digits", b'{"prompt": "a", "seed": ' + b"9" * 6_000 + b"}"),
+]
+
+
+@pytest.mark.parametrize("body", [case[1] for case in BROKEN], ids=[case[0] for case in BROKEN])
+async def test_a_broken_body_is_refused(stack: Stack, body: bytes) -> None:
+    response = await stack.client.post("/v1/completions", data=body, headers=JSON)
+    await assert_error(response, 400, "invalid_argument", None)
+    assert await stack.complete(prompt="the next one works")
+
+
+async def test_overflowing_floats_are_out_of_range(stack: Stack) -> None:
+    body = b'{"prompt": "a", "temperature": 1e999}'
+    await assert_error(
+        await stack.client.post("/v1/completions", data=body, headers=JSON), 400, "invalid_argument", "temperature"
+    )
+
+
+async def test_wrong_paths_methods_and_types_are_error_objects(stack: Stack) -> None:
+    await assert_error(await stack.client.get("/v1/nothing"), 404, "unknown_url", None)
+    await assert_error(await stack.client.get("/"), 404, "unknown_url", None)
+    response = await stack.client.get("/v1/completions")
+    await assert_error(response, 405, "method_not_allowed", None)
+    assert response.headers["Allow"] == "POST"
+    await assert_error(await stack.client.delete("/v1/models"), 405, "method_not_allowed", None)
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        response = await stack.client.post("/v1/completions", data=b'{"prompt": "a"}', headers=headers)
+        await assert_error(response, 415, "unsupported_media_type", None)
+    response = await stack.client.post("/v1/completions", data=b"{}", headers=JSON | {"Content-Encoding": "gzip"})
+    await assert_error(response, 415, "unsupported_media_type", None)
+
+
+async def test_an_oversized_body_is_refused_whether_announced_or_not(stack: Stack) -> None:
+    body = json.dumps({"prompt": "a" * MAX_BODY}).encode()
+    await assert_error(
+        await stack.client.post("/v1/completions", data=body, headers=JSON), 413, "payload_too_large", None
+    )
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 4096):
+            yield body[start : start + 4096]
+
+    response = await stack.client.post("/v1/completions", data=chunks(), headers=JSON)
+    await assert_error(response, 413, "payload_too_large", None)
+
+
+async def test_a_body_that_never_ends_is_given_up(stack: Stack) -> None:
+    async def trickle() -> AsyncIterator[bytes]:
+        yield b'{"prompt": '
+        await asyncio.sleep(30)
+
+    response = await stack.client.post("/v1/completions", data=trickle(), headers=JSON)
+    await assert_error(response, 408, "deadline_exceeded", None)
+
+
+@pytest.mark.parametrize("value", ["soon", "-5", "0", "nan", "inf"])
+async def test_an_odd_objective_is_refused(stack: Stack, value: str) -> None:
+    headers = {"x-hma-slo-ttft-ms": value}
+    response = await stack.client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+    assert response.status == 400
+
+
+async def test_models_lists_the_served_model(stack: Stack) -> None:
+    answer = await (await stack.client.get("/v1/models")).json()
+    assert answer["object"] == "list"
+    [model] = answer["data"]
+    assert (model["id"], model["object"], model["max_model_len"]) == (MODEL_NAME, "model", WINDOW)
+
+
+async def test_probes_and_metrics(stack: Stack) -> None:
+    for path in ("/health", "/live", "/ready"):
+        assert (await stack.client.get(path)).status == 200
+    response = await stack.client.get("/metrics")
+    assert response.content_type == "text/plain"
+
+
+async def test_draining_refuses_new_requests_and_is_not_ready(stack: Stack) -> None:
+    await stack.pipeline.completions.drain(1)
+    await assert_error(
+        await stack.client.post("/v1/completions", json={"prompt": "a"}), 503, "unavailable", None, retry=True
+    )
+    assert (await stack.client.get("/ready")).status == 503
+    assert (await stack.client.get("/live")).status == 200
+
+
+async def test_overload_is_429_and_nobody_is_503() -> None:
+    async with running_stack(max_waiting=1) as stack:
+        stack.decode.stall_after = 0
+        limit = stack.decode.info.limits
+        busy = [
+            asyncio.create_task(stack.client.post("/v1/completions", json={"prompt": "a"}))
+            for _ in range(limit.max_running + limit.max_waiting)
+        ]
+        await stack.decode.until_active(len(busy))
+        two = [asyncio.create_task(stack.client.post("/v1/completions", json={"prompt": "a"})) for _ in range(2)]
+        [shed], [waiting] = await asyncio.wait(two, return_when=asyncio.FIRST_COMPLETED)
+        await assert_error(await shed, 429, "resource_exhausted", None, retry=True)
+        assert stack.pipeline.admission.waiting == 1
+        busy.append(waiting)
+        for task in busy:
+            task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+        await stack.decode.until_idle()
+        stack.registry.put()
+        response = await stack.client.post("/v1/completions", json={"prompt": "a"})
+        await assert_error(response, 503, "unavailable", None, retry=True)
+        assert (await stack.client.get("/ready")).status == 503
+
+
+async def test_an_unforeseen_failure_is_an_error_object_without_its_text(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack.pipeline.completions, "prepare", broken)
+        response = await stack.client.post("/v1/completions", json={"prompt": "a"})
+        assert "secret" not in await response.text()
+        await assert_error(response, 500, "internal", None)
+    assert await stack.complete(prompt="a")
+
+
+async def assert_error(
+    response: ClientResponse, status: int, code: str, param: str | None, *, retry: bool = False
+) -> None:
+    assert response.status == status, await response.text()
+    assert response.content_type == "application/json"
+    error = (await response.json())["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (code, param), error
+    assert error["message"]
+    assert response.headers["X-Request-Id"]
+    assert ("Retry-After" in response.headers) == retry

@@ -1,7 +1,7 @@
 """Tokens become text incrementally, exactly as in one go."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HfTokenizer
@@ -47,22 +47,26 @@ def test_the_vocabulary_cuts_characters() -> None:
     assert any("\ufffd" in TOKENIZER.decode([token_id]) for token_id in ids)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_text_survives_the_round_trip(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text), skip_special=False) == text
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_encoding_is_the_librarys(text: str) -> None:
     assert TOKENIZER.encode(text) == REFERENCE.encode(text).ids
 
 
+@settings(deadline=None)
 @given(token_lists, st.booleans())
 def test_decoding_is_the_librarys_for_any_tokens(ids: list[int], skip: bool) -> None:
     known = [token_id for token_id in ids if token_id < ODD.size]
     assert ODD.decode(ids, skip_special=skip) == ODD_REFERENCE.decode(known, skip_special_tokens=skip)
 
 
+@settings(deadline=None)
 @given(token_lists, st.data())
 def test_any_split_gives_the_one_shot_text(ids: list[int], data: st.DataObject) -> None:
     detokenizer = ODD.detokenizer()
@@ -75,6 +79,7 @@ def test_any_split_gives_the_one_shot_text(ids: list[int], data: st.DataObject) 
     assert "".join(pieces) + detokenizer.finish() == ODD.decode(ids)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_no_piece_of_valid_text_has_a_replacement_character(text: str) -> None:
     text = text.replace("\ufffd", "")

@@ -1,6 +1,6 @@
 """Stop strings are found wherever the text is cut, and never shown in part."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hma_serve.text import StopStringMatcher
@@ -31,6 +31,7 @@ def run(pieces: list[str], stop_strings: list[str]) -> tuple[list[str], str | No
     return [*shown, matcher.finish()], None
 
 
+@settings(deadline=None)
 @given(letters, stops, st.data())
 def test_any_split_gives_the_same_result(text: str, stop_strings: list[str], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -39,6 +40,7 @@ def test_any_split_gives_the_same_result(text: str, stop_strings: list[str], dat
     assert ("".join(shown), matched) == reference(text, stop_strings)
 
 
+@settings(deadline=None)
 @given(letters, stops)
 def test_what_cannot_be_part_of_a_stop_string_is_shown_at_once(text: str, stop_strings: list[str]) -> None:
     matcher = StopStringMatcher(stop_strings)

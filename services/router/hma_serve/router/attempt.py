@@ -10,6 +10,7 @@ A failure of the prefill leg counts only until decode has started: from then on 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,7 +25,11 @@ from hma_serve.router.admission import Held
 from hma_serve.rpc import ChannelCache, deadline_in, from_rpc_error
 from hma_serve.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
+_log = logging.getLogger(__name__)
+
 _ANSWER_TIMEOUT = 10.0
+# Part of a ticket's lease after which it is renewed.
+_RENEW_AT = 0.3
 _STATUS_DETAILS = "grpc-status-details-bin"
 
 _DecodeCall = grpc.aio.UnaryStreamCall[decode_pb2.DecodeGenerateRequest, decode_pb2.DecodeGenerateResponse]
@@ -118,21 +123,25 @@ class Attempt:
         """
         decode = self._placement.decode
         with self._channels.lease(decode.address) as channel:
-            call = decode_pb2_grpc.DecodeStub(channel).Generate(self._decode_request(), timeout=self._remaining())
-            prefill: asyncio.Task[None] | None = None
+            stub = decode_pb2_grpc.DecodeStub(channel)
+            call = stub.Generate(self._decode_request(), timeout=self._remaining())
+            beside: list[asyncio.Task[None]] = []
             try:
                 ticket = await self._ticket(call)
-                if self._placement.prefill is not None and ticket.present_tokens < self._placement.packed_tokens:
-                    prefill = asyncio.create_task(self._prefill(self._placement.prefill, ticket, call))
+                prefill = self._placement.prefill
+                if prefill is not None and ticket.present_tokens < self._placement.packed_tokens:
+                    beside.append(asyncio.create_task(self._prefill(prefill, ticket, call)))
+                    beside.append(asyncio.create_task(self._renew(stub, ticket)))
                 else:
                     self._held.release_prefill()
                 async for response in self._relay(call):
                     yield response
             finally:
                 call.cancel()
-                if prefill is not None:
-                    prefill.cancel()
-                    await asyncio.wait((prefill,))
+                for task in beside:
+                    task.cancel()
+                if beside:
+                    await asyncio.wait(beside)
 
     # The decode leg.
 
@@ -166,6 +175,19 @@ class Attempt:
             yield response
             if event == "finished":
                 return
+
+    async def _renew(self, stub: decode_pb2_grpc.DecodeAsyncStub, ticket: decode_pb2.Ticket) -> None:
+        """Keeps the ticket's lease alive until the prompt's KV is there; a failed renewal is left to the stream."""
+        lease = ticket.lease.ToNanoseconds() / 1e9
+        request = decode_pb2.ExtendRequest(nonce=ticket.nonce, epoch=ticket.epoch)
+        while lease > 0:
+            await asyncio.sleep(lease * _RENEW_AT)
+            if self._started:
+                return
+            try:
+                await stub.Extend(request, timeout=lease * _RENEW_AT)
+            except grpc.RpcError as exc:
+                _log.warning("a ticket's lease was not renewed: %s", from_rpc_error(exc).message)
 
     # The prefill leg.
 

@@ -279,7 +279,10 @@ class Completions:
         room = self.window - prompt_tokens
         asked = request.stop.max_tokens
         if asked is None:
-            return min(room, request.default_max_tokens or room)
+            length = min(room, request.default_max_tokens or room)
+            if request.stop.min_tokens > length:
+                raise InvalidArgument(f"min_tokens must not exceed max_tokens, here {length}", field="min_tokens")
+            return length
         if asked > room:
             raise ContextLengthExceeded(
                 f"the prompt's {prompt_tokens} tokens and max_tokens={asked} do not fit the model's window of "

@@ -9,7 +9,7 @@ import grpc.aio
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
-from hma_serve.router.completion import CompletionRequest, Completions, Delta, Event, Finished, Prepared
+from hma_serve.router.completion import CompletionRequest, Completions, Delta, Event, Finished, Prepared, Prompt
 from hma_serve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -57,9 +57,8 @@ def _read(message: inference_pb2.GenerateRequest, timeout: float | None) -> Comp
         raise InvalidArgument(
             f"client_request_id may have at most {_MAX_ID_CHARS} characters", field="client_request_id"
         )
-    prompt = message.text if message.WhichOneof("prompt") == "text" else tuple(message.token_ids.ids)
     return CompletionRequest(
-        prompts=(prompt,),
+        prompts=(_prompt(message),),
         model=message.model,
         sampling=SamplingParams.from_proto(message.sampling),
         stop=StopConditions.from_proto(message.stop),
@@ -69,6 +68,16 @@ def _read(message: inference_pb2.GenerateRequest, timeout: float | None) -> Comp
         client_request_id=message.client_request_id,
         timeout=timeout,
     )
+
+
+def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return message.text
+        case "token_ids":
+            return tuple(message.token_ids.ids)
+        case _:
+            raise InvalidArgument("give the prompt as text or as token_ids", field="prompt")
 
 
 def _response(event: Event, prepared: Prepared, *, with_prompt: bool) -> inference_pb2.GenerateResponse:

@@ -1,0 +1,292 @@
+"""The queue, on virtual time: nothing here waits."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import pytest
+
+from hma_serve.core.errors import ContextLengthExceeded, DeadlineExceeded, Unavailable
+from hma_serve.core.worker import WorkerRole
+from hma_serve.router.admission import Admission, Held, QueueFull, Shed, WaitedTooLong
+from hma_serve.router.fleet import Fleet, Load, WorkerView
+from hma_serve.router.placement import RECOVERY_SECONDS, Demand, Placement
+from support.fake_workers import WINDOW, fake_worker
+
+START = 50.0
+LATER = 1e6
+SHORT, LONG = Demand(10, 10), Demand(100, 10)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Jumps to the next timer instead of waiting for it."""
+
+    def __init__(self) -> None:
+        super().__init__(_Jumping(self))
+        self.now = START
+
+    def time(self) -> float:
+        return self.now
+
+
+class _Jumping(selectors.SelectSelector):
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise AssertionError("nothing will ever happen again")
+        self._loop.now += timeout
+        return super().select(0)
+
+
+def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @wraps(test)
+    def run(**arguments: Any) -> None:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.run(test(**arguments))
+
+    return run
+
+
+class Seat:
+    def __init__(self, room: Room, placement: Placement) -> None:
+        self.placement = placement
+        self._room = room
+        self._taken = True
+
+    def release_prefill(self) -> None:
+        pass
+
+    def release(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._room.taken -= 1
+            self._room.changed()
+
+
+class Room:
+    """A fleet of one decode (and maybe one prefill) with so many seats."""
+
+    def __init__(self, seats: int, *, prefill: bool = True) -> None:
+        self.seats = seats
+        self.taken = 0
+        self.decode = fake_worker(WorkerRole.DECODE, instance="d", max_running=1000)
+        self.prefill = fake_worker(WorkerRole.PREFILL, instance="p", max_running=1000) if prefill else None
+        self.prefill_full = False
+        self.away_since: float | None = None
+        self.listeners: list[Callable[[], None]] = []
+
+    @property
+    def fleet(self) -> Fleet:
+        full = self.taken >= self.seats
+        decode = WorkerView(self.decode, Load(), LATER, away_since=self.away_since, refused=full)
+        if self.prefill is None:
+            return Fleet(decodes=(decode,))
+        return Fleet((WorkerView(self.prefill, Load(), LATER, refused=self.prefill_full),), (decode,))
+
+    def subscribe(self, listener: Callable[[], None]) -> Callable[[], None]:
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener)
+
+    def hold(self, placement: Placement, prompt_tokens: int) -> Held:
+        self.taken += 1
+        assert self.taken <= self.seats
+        return Seat(self, placement)
+
+    def changed(self) -> None:
+        for listener in self.listeners:
+            listener()
+
+
+def acquire(
+    admission: Admission, demand: Demand = SHORT, *, deadline: float = LATER, priority: int = 0, arrived: float = START
+) -> asyncio.Task[Held]:
+    return asyncio.create_task(admission.acquire(demand, arrived=arrived, deadline=deadline, priority=priority))
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@virtual
+async def test_room_is_given_at_once() -> None:
+    admission = Admission(Room(1))
+    held = await admission.acquire(LONG, arrived=START, deadline=LATER)
+    assert held.placement.packed_tokens == 96
+    assert admission.waiting == 0
+
+
+@virtual
+async def test_a_release_lets_the_next_in() -> None:
+    admission = Admission(Room(1))
+    first = await acquire(admission)
+    second = acquire(admission)
+    await settle()
+    assert admission.waiting == 1
+    first.release()
+    (await second).release()
+    assert admission.waiting == 0
+
+
+@virtual
+async def test_the_earliest_deadline_goes_first_and_priority_before_that() -> None:
+    room = Room(1)
+    admission = Admission(room)
+    first = await acquire(admission)
+    order: list[str] = []
+
+    async def queued(name: str, deadline: float, priority: int) -> None:
+        held = await admission.acquire(SHORT, arrived=START, deadline=deadline, priority=priority)
+        order.append(name)
+        held.release()
+
+    tasks = [
+        asyncio.create_task(queued("late", START + 30, 0)),
+        asyncio.create_task(queued("early", START + 20, 0)),
+        asyncio.create_task(queued("early too", START + 20, 0)),
+        asyncio.create_task(queued("important", START + 40, 1)),
+    ]
+    await settle()
+    first.release()
+    await asyncio.gather(*tasks)
+    assert order == ["important", "early", "early too", "late"]
+
+
+@virtual
+async def test_nobody_overtakes_the_first_in_line() -> None:
+    room = Room(2)
+    admission = Admission(room)
+    held = [await acquire(admission), await acquire(admission)]
+    waiting = acquire(admission)
+    await settle()
+    room.taken -= 1  # room that no change has announced yet
+    newcomer = acquire(admission, deadline=LATER)
+    await settle()
+    assert waiting.done()
+    assert not newcomer.done()
+    held[0].release()
+    await newcomer
+
+
+@virtual
+async def test_a_full_prefill_pool_does_not_hold_up_short_prompts() -> None:
+    room = Room(5)
+    room.prefill_full = True
+    admission = Admission(room)
+    long = acquire(admission, LONG)
+    await settle()
+    assert (await acquire(admission, SHORT)).placement.prefill is None
+    assert not long.done()
+    room.prefill_full = False
+    room.changed()
+    assert (await long).placement.prefill == room.prefill
+
+
+@virtual
+async def test_a_full_queue_sheds_with_a_reason_and_a_time() -> None:
+    admission = Admission(Room(1), max_waiting=1)
+    first = await acquire(admission)
+    second = acquire(admission)
+    await settle()
+    with pytest.raises(QueueFull, match="queue is full") as raised:
+        await acquire(admission)
+    assert raised.value.reason == "queue_full"
+    assert raised.value.retry_after is not None
+    first.release()
+    await second
+
+
+@virtual
+async def test_waiting_has_an_end() -> None:
+    admission = Admission(Room(0), max_wait=60)
+    with pytest.raises(WaitedTooLong) as raised:
+        await acquire(admission)
+    assert isinstance(raised.value, Shed)
+    assert asyncio.get_running_loop().time() == pytest.approx(START + 60)
+    assert admission.waiting == 0
+
+
+@virtual
+async def test_the_requests_own_deadline_comes_first() -> None:
+    admission = Admission(Room(0), max_wait=60)
+    with pytest.raises(DeadlineExceeded):
+        await acquire(admission, deadline=START + 5)
+    assert asyncio.get_running_loop().time() == pytest.approx(START + 5)
+
+
+@virtual
+async def test_a_retry_keeps_its_first_arrival() -> None:
+    admission = Admission(Room(1), max_wait=60)
+    with pytest.raises(WaitedTooLong):
+        await acquire(admission, arrived=START - 60)
+
+
+@virtual
+async def test_a_fleet_that_cannot_serve_is_unavailable_not_overloaded() -> None:
+    room = Room(1)
+    room.away_since = START - RECOVERY_SECONDS
+    with pytest.raises(Unavailable) as raised:
+        await acquire(Admission(room))
+    assert raised.value.retry_after is not None
+
+
+@virtual
+async def test_those_who_wait_for_a_lost_worker_give_up_when_it_stays_away() -> None:
+    room = Room(1)
+    room.away_since = START
+    tasks = [acquire(Admission(room), demand) for demand in (SHORT, LONG)]
+    await settle()
+    assert not any(task.done() for task in tasks)
+    asyncio.get_running_loop().call_later(RECOVERY_SECONDS + 1, room.changed)
+    for task in tasks:
+        with pytest.raises(Unavailable):
+            await task
+
+
+@virtual
+async def test_a_request_too_long_for_every_worker_fails_at_once() -> None:
+    with pytest.raises(ContextLengthExceeded):
+        await acquire(Admission(Room(0)), replace(SHORT, max_tokens=WINDOW))
+
+
+@virtual
+async def test_a_cancelled_waiter_leaves_the_queue() -> None:
+    admission = Admission(Room(1))
+    first = await acquire(admission)
+    gone, next_one = acquire(admission, deadline=START + 9), acquire(admission)
+    await settle()
+    gone.cancel()
+    await settle()
+    assert admission.waiting == 1
+    first.release()
+    await next_one
+
+
+@virtual
+async def test_admission_and_cancellation_in_one_turn_leak_nothing() -> None:
+    room = Room(1)
+    admission = Admission(room)
+    first = await acquire(admission)
+    unlucky = acquire(admission)
+    await settle()
+    first.release()
+    unlucky.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await unlucky
+    assert room.taken == 0
+
+
+@virtual
+async def test_closing_stops_listening() -> None:
+    room = Room(1)
+    admission = Admission(room)
+    admission.close()
+    assert room.listeners == []

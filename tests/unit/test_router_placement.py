@@ -1,0 +1,196 @@
+"""Placement is a pure function: fleets in, decisions out."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hma_serve.core.worker import KvCodecId, KvRopePairing, RopeSpec, WorkerRole, WorkerState
+from hma_serve.router.fleet import Fleet, Load, Share, WorkerView
+from hma_serve.router.placement import (
+    RECOVERY_SECONDS,
+    STALE_SECONDS,
+    Demand,
+    Placement,
+    Reject,
+    Why,
+    compatible,
+    place,
+)
+from support.fake_workers import WINDOW, fake_worker
+
+NOW = 1000.0
+LONG = Demand(prompt_tokens=100, max_tokens=10)
+SHORT = Demand(prompt_tokens=32, max_tokens=10)
+
+
+def view(role: WorkerRole, instance: str, *, info: dict[str, Any] | None = None, **changes: Any) -> WorkerView:
+    worker = fake_worker(role, instance=instance, **(info or {}))
+    return replace(WorkerView(worker, load=Load(), load_at=NOW), **changes)
+
+
+def prefill(instance: str = "p1", **changes: Any) -> WorkerView:
+    return view(WorkerRole.PREFILL, instance, **changes)
+
+
+def decode(instance: str = "d1", **changes: Any) -> WorkerView:
+    return view(WorkerRole.DECODE, instance, **changes)
+
+
+def chosen(outcome: Placement | Reject) -> tuple[str, str | None]:
+    assert isinstance(outcome, Placement), outcome
+    return outcome.decode.instance, outcome.prefill.instance if outcome.prefill else None
+
+
+def refused(outcome: Placement | Reject) -> Why:
+    assert isinstance(outcome, Reject), outcome
+    return outcome.why
+
+
+@pytest.mark.parametrize(("prompt", "packed"), [(1, 0), (32, 0), (33, 32), (64, 32), (65, 64), (100, 96)])
+def test_only_whole_groups_go_to_prefill(prompt: int, packed: int) -> None:
+    outcome = place(Demand(prompt, 1), Fleet((prefill(),), (decode(),)), NOW)
+    assert isinstance(outcome, Placement)
+    assert outcome.packed_tokens == packed
+    assert (outcome.prefill is None) == (packed == 0)
+
+
+def test_the_least_loaded_pair_is_taken() -> None:
+    fleet = Fleet(
+        prefills=(prefill("p1", load=Load(queued_tokens=900)), prefill("p2", load=Load(queued_tokens=100))),
+        decodes=(decode("d1", load=Load(running=2)), decode("d2", load=Load(running=1))),
+    )
+    assert chosen(place(LONG, fleet, NOW)) == ("d2", "p2")
+
+
+def test_what_this_router_placed_since_the_report_counts() -> None:
+    fleet = Fleet(
+        prefills=(prefill("p1", unseen=Share(1, 64)), prefill("p2")),
+        decodes=(decode("d1"), decode("d2", unseen=Share(1, 100))),
+    )
+    assert chosen(place(LONG, fleet, NOW)) == ("d1", "p2")
+
+
+def test_what_this_router_has_there_is_a_lower_bound() -> None:
+    fleet = Fleet(decodes=(decode("d1", ours=Share(3, 300)), decode("d2", load=Load(running=2))))
+    assert chosen(place(SHORT, fleet, NOW)) == ("d2", None)
+
+
+def test_memory_counts_as_much_as_slots() -> None:
+    nearly_full = decode("d1", load=Load(running=1, kv_used_tokens=900, kv_capacity_tokens=1000))
+    busier = decode("d2", load=Load(running=4, kv_used_tokens=100, kv_capacity_tokens=1000))
+    assert chosen(place(SHORT, Fleet(decodes=(nearly_full, busier)), NOW)) == ("d2", None)
+
+
+def test_ties_go_to_the_one_used_less() -> None:
+    fleet = Fleet((prefill("p1", placed=1), prefill("p2")), (decode("d1", placed=1), decode("d2")))
+    assert chosen(place(LONG, fleet, NOW)) == ("d2", "p2")
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"codecs": (KvCodecId.TT_BFP8_B,)},
+        {"fingerprint": "0" * 64},
+        {"codecs": ()},
+        {"codecs": (KvCodecId.F32, KvCodecId.TT_BFP8_B)},
+    ],
+)
+def test_an_incompatible_prefill_is_never_paired(difference: dict[str, Any]) -> None:
+    fleet = Fleet((prefill("odd", info=difference), prefill("busy", load=Load(queued_tokens=10_000))), (decode(),))
+    assert chosen(place(LONG, fleet, NOW)) == ("d1", "busy")
+
+
+def test_rope_must_agree_too() -> None:
+    one, other = fake_worker(WorkerRole.PREFILL), fake_worker(WorkerRole.DECODE)
+    assert compatible(one, other)
+    turned = replace(other.model, rope=RopeSpec(KvRopePairing.INTERLEAVED, 1e4))
+    assert not compatible(one, replace(other, model=turned))
+
+
+def test_a_busier_decode_is_taken_when_only_it_has_a_partner() -> None:
+    both = (KvCodecId.F32, KvCodecId.BF16)
+    fleet = Fleet(
+        prefills=(prefill("bf16", info={"codecs": (KvCodecId.BF16,)}),),
+        decodes=(decode("idle"), decode("partner", info={"codecs": both}, load=Load(running=5))),
+    )
+    assert chosen(place(LONG, fleet, NOW)) == ("partner", "bf16")
+
+
+def test_no_prefill_worker_means_that_decode_computes_all() -> None:
+    outcome = place(LONG, Fleet(decodes=(decode(),)), NOW)
+    assert chosen(outcome) == ("d1", None)
+    assert isinstance(outcome, Placement)
+    assert outcome.packed_tokens == 0
+    assert refused(place(LONG, Fleet(decodes=(decode(),)), NOW, local_prefill=False)) is Why.NOBODY
+    assert chosen(place(SHORT, Fleet(decodes=(decode(),)), NOW, local_prefill=False)) == ("d1", None)
+
+
+def test_a_full_prefill_pool_makes_long_prompts_wait_and_short_ones_not() -> None:
+    fleet = Fleet((prefill(load=Load(running=8)),), (decode(),))
+    assert refused(place(LONG, fleet, NOW)) is Why.BUSY
+    assert chosen(place(SHORT, fleet, NOW)) == ("d1", None)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"load": Load(running=7, waiting=1)},
+        {"ours": Share(8, 8)},
+        {"refused": True},
+        {"load": Load(running=1, kv_used_tokens=950, kv_capacity_tokens=1000)},
+        {"load": None, "away_since": NOW},
+        {"away_since": NOW - RECOVERY_SECONDS + 1},
+    ],
+)
+def test_a_full_or_briefly_absent_decode_is_worth_waiting_for(state: dict[str, Any]) -> None:
+    assert refused(place(LONG, Fleet((prefill(),), (decode(**state),)), NOW)) is Why.BUSY
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"away_since": NOW - RECOVERY_SECONDS},
+        {"load": Load(draining=True)},
+        {"info": {"state": WorkerState.DRAINING}},
+        {"info": {"state": WorkerState.UNSPECIFIED}},
+    ],
+)
+def test_a_gone_or_draining_decode_is_nobody(state: dict[str, Any]) -> None:
+    assert refused(place(SHORT, Fleet(decodes=(decode(**state),)), NOW)) is Why.NOBODY
+
+
+def test_a_briefly_absent_prefill_is_waited_for_rather_than_replaced_by_decode() -> None:
+    recent = Fleet((prefill(away_since=NOW - 1),), (decode(),))
+    assert refused(place(LONG, recent, NOW)) is Why.BUSY
+    gone = Fleet((prefill(away_since=NOW - RECOVERY_SECONDS),), (decode(),))
+    assert chosen(place(LONG, gone, NOW)) == ("d1", None)
+
+
+def test_an_idle_decode_decides_for_itself_about_memory() -> None:
+    full = decode(load=Load(kv_used_tokens=1000, kv_capacity_tokens=1000))
+    assert chosen(place(SHORT, Fleet(decodes=(full,)), NOW)) == ("d1", None)
+
+
+def test_a_request_that_no_window_takes_is_told_so() -> None:
+    too_long = Demand(prompt_tokens=10, max_tokens=WINDOW)
+    assert refused(place(too_long, Fleet(decodes=(decode(),)), NOW)) is Why.TOO_LONG
+    small = decode(info={"kv_capacity_tokens": 40})
+    assert refused(place(SHORT, Fleet(decodes=(small,)), NOW)) is Why.TOO_LONG
+
+
+def test_a_larger_window_wins_over_a_lower_load() -> None:
+    fleet = Fleet(decodes=(decode("small", info={"max_model_len": 41}), decode("large", load=Load(running=7))))
+    assert chosen(place(SHORT, fleet, NOW)) == ("large", None)
+
+
+@pytest.mark.parametrize("flaw", [{"load_at": NOW - STALE_SECONDS - 1}, {}])
+def test_a_quiet_or_avoided_worker_is_the_last_choice_but_a_choice(flaw: dict[str, Any]) -> None:
+    demand = replace(SHORT, avoid=frozenset({"d1"} if not flaw else ()))
+    flawed = decode("d1", **flaw)
+    assert chosen(place(demand, Fleet(decodes=(flawed, decode("d2", load=Load(running=7)))), NOW)) == ("d2", None)
+    assert chosen(place(demand, Fleet(decodes=(flawed,)), NOW)) == ("d1", None)
+
+
+def test_an_empty_fleet_is_nobody() -> None:
+    assert refused(place(SHORT, Fleet(), NOW)) is Why.NOBODY
