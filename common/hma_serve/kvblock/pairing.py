@@ -79,7 +79,12 @@ def check_plan(plan: StreamPlan, accepts: Acceptance) -> None:
 
 
 def _check_geometry(plan: StreamPlan, accepts: Acceptance) -> None:
-    _same("layers", plan.layers, tuple(range(accepts.layers)))
+    if plan.layers != tuple(range(accepts.layers)):
+        raise Incompatible(
+            f"the producer sends {len(plan.layers)} layers, {plan.layers[0]} to {plan.layers[-1]}; "
+            f"the receiver has 0 to {accepts.layers - 1}",
+            field="layers",
+        )
     for (layer, role), role_plan in plan.roles.items():
         where = f"(layer {layer}, role {role})"
         _same("kv_heads", role_plan.kv_heads, accepts.kv_heads, where)

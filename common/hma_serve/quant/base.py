@@ -7,6 +7,7 @@ synchronises with it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -67,7 +68,8 @@ class TorchCodec(ABC):
             raise ValueError(f"{self.name} packs float32 or bfloat16, not {x.dtype}")
         if tokens % GROUP_TOKENS:
             raise ValueError(f"{tokens} tokens are not whole groups of {GROUP_TOKENS}")
-        packed = self._encode(x.reshape(-1, GROUP_TOKENS, head_dim), rounding)
+        units = math.prod(lead) * (tokens // GROUP_TOKENS)
+        packed = self._encode(x.reshape(units, GROUP_TOKENS, head_dim), rounding)
         return packed.view(*lead, tokens // GROUP_TOKENS, self.group_bytes(head_dim))
 
     def decode(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -83,8 +85,8 @@ class TorchCodec(ABC):
         Raises:
             ValueError: Wrong dtype, or no head_dim has such units.
         """
-        *lead, groups, _ = packed.shape
+        *lead, groups, unit_bytes = packed.shape
         if packed.dtype != torch.uint8 or dtype not in _FLOATS:
             raise ValueError(f"{self.name} reads uint8 into float32 or bfloat16, not {packed.dtype} into {dtype}")
-        values = self._decode(packed.reshape(-1, packed.shape[-1]), dtype)
+        values = self._decode(packed.reshape(math.prod(lead) * groups, unit_bytes), dtype)
         return values.view(*lead, groups * GROUP_TOKENS, values.shape[-1])

@@ -44,32 +44,34 @@ class TtBfp8B(TorchCodec):
 
     def _encode(self, x: Tensor, rounding: Rounding) -> Tensor:
         units, _, head_dim = x.shape
-        if head_dim % TILE:
+        count, rest = divmod(head_dim, TILE)
+        if rest:
             raise ValueError(f"tt_bfp8_b needs a multiple of {TILE} channels, not {head_dim}")
-        layout = _layout(head_dim // TILE, x.device)
-        values = x.float().view(units, -1, FACE).index_select(1, layout.tile_rows)
+        layout = _layout(count, x.device)
+        values = x.float().view(units, count * 64, FACE).index_select(1, layout.tile_rows)
         values = hardshrink(values, _LARGEST_SUBNORMAL)
         exponents = _largest_bits(values) >> 23
         scale = ((255 - exponents.clamp(min=1)) << 23).view(torch.float32)  # 2^(128 - E), always normal
         codes = _round(values.mul_(scale).mul_(32.0), rounding).clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-        tiles = torch.empty((units, head_dim // TILE, TILE_BYTES), dtype=torch.uint8, device=x.device)
-        tiles[..., :EXPONENT_BYTES] = exponents.view(units, -1, EXPONENT_BYTES)
-        tiles[..., EXPONENT_BYTES:] = (codes.abs() | (codes & -128)).view(torch.uint8).view(units, -1, TILE * TILE)
-        return tiles.view(units, -1)
+        codes = codes.abs() | (codes & -128)  # two's complement to sign-magnitude
+        tiles = torch.empty((units, count, TILE_BYTES), dtype=torch.uint8, device=x.device)
+        tiles[..., :EXPONENT_BYTES] = exponents.view(units, count, EXPONENT_BYTES)
+        tiles[..., EXPONENT_BYTES:] = codes.view(torch.uint8).view(units, count, TILE * TILE)
+        return tiles.view(units, count * TILE_BYTES)
 
     def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         units, unit_bytes = packed.shape
-        tiles, rest = divmod(unit_bytes, TILE_BYTES)
-        if rest or not tiles:
+        count, rest = divmod(unit_bytes, TILE_BYTES)
+        if rest:
             raise ValueError(f"tt_bfp8_b has no units of {unit_bytes} bytes")
-        layout = _layout(tiles, packed.device)
-        codes = packed.view(torch.int8).view(units, -1, FACE).index_select(1, layout.element_rows)
+        layout = _layout(count, packed.device)
+        codes = packed.view(torch.int8).view(units, unit_bytes // FACE, FACE).index_select(1, layout.element_rows)
         signs = codes >> _SEVEN
         codes.bitwise_xor_(signs & _MAGNITUDE).sub_(signs)  # sign-magnitude to two's complement
         exponents = packed.index_select(1, layout.exponents).view(-1)
         steps = layout.steps.index_select(0, exponents.int())
         values = codes.float().view(-1, FACE).mul_(steps.unsqueeze(1))
-        return values.to(dtype).view(units * GROUP_TOKENS, tiles * TILE)
+        return values.to(dtype).view(units * GROUP_TOKENS, count * TILE)
 
 
 def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_even") -> Tensor:
@@ -105,7 +107,7 @@ def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_
 def _largest_bits(values: Tensor) -> Tensor:
     """Bits of the largest magnitude along the last axis, kept as an axis of 1.
 
-    Magnitudes order as their bits do (NaN above Inf), and the integer reduction is five times faster than the float one.
+    Magnitudes order as their bits do (NaN above Inf), and the integer reduction is five times faster.
     """
     return values.abs().view(torch.int32).amax(-1, keepdim=True)
 

@@ -26,7 +26,7 @@ class Plain(TorchCodec):
     def _encode(self, x: Tensor, rounding: Rounding) -> Tensor:
         if rounding != "nearest_even":
             raise ValueError(f"{self.name} rounds to nearest even only")
-        return x.to(self._dtype).contiguous().view(torch.uint8).view(x.shape[0], -1)
+        return x.to(self._dtype).contiguous().view(torch.uint8).view(x.shape[0], self.group_bytes(x.shape[2]))
 
     def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         row_bytes, rest = divmod(packed.shape[1], GROUP_TOKENS)

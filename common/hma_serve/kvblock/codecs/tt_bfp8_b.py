@@ -85,10 +85,9 @@ class TtBfp8B(Codec):
     def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         tiles = payload.reshape(-1, TILE_BYTES)
-        # Reducing over tiles first keeps the running result in a vector register's reach: 5x faster than row by row.
-        if int(tiles[:, :EXPONENT_BYTES].max(axis=0).max()) == BANNED_EXPONENT:
+        if int(tiles[:, :EXPONENT_BYTES].max()) == BANNED_EXPONENT:
             return "exponent 255"
-        if int(tiles.view(np.int8)[:, EXPONENT_BYTES:].min(axis=0).min()) == _BANNED_ELEMENT:
+        if int(tiles.view(np.int8)[:, EXPONENT_BYTES:].min()) == _BANNED_ELEMENT:
             return "element 0x80"
         return ""
 
