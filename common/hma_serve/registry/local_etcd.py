@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -50,6 +51,7 @@ class LocalEtcd:
         client_port: 0 takes a free one, kept over restarts of this object.
         peer_port: Likewise.
         log_path: Default: `etcd.log` in the data directory.
+        launcher: Put before the command, for example a program that ties etcd's life to its parent's.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class LocalEtcd:
         client_port: int = 0,
         peer_port: int = 0,
         log_path: Path | None = None,
+        launcher: Sequence[str] = (),
     ) -> None:
         self._data_dir, self._binary = data_dir, binary or find_etcd()
         self._wanted_ports = (client_port, peer_port)
         self._client_port, self._peer_port = client_port, peer_port
         self._log_path = log_path or data_dir / "etcd.log"
+        self._launcher = tuple(launcher)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -142,6 +146,7 @@ class LocalEtcd:
         self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         peer = f"http://127.0.0.1:{self._peer_port}"
         command = [
+            *self._launcher,
             str(self._binary),
             *("--name", "local", "--data-dir", str(self._data_dir)),
             *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),

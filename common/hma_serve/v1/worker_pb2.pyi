@@ -73,7 +73,7 @@ class WorkerInfo(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
-    """Minted at start; a new one after each restart and each lost lease."""
+    """Minted when the process starts, never used again."""
     epoch: _builtins.int
     """Raised at each registration of the same process."""
     role: Global___WorkerRole.ValueType

@@ -176,18 +176,38 @@ def data_directory(chosen: Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def etcd_urls(chosen: str | None, directory: Path) -> Iterator[str]:
-    """URLs of the chosen etcd, checked; or of one that lives as long as the context."""
+def registry(chosen: str | None, directory: Path) -> Iterator[Registry]:
+    """The chosen etcd, checked; or one that lives as long as the context."""
     if chosen is not None:
         store = open_store(chosen)
         try:
             store.check(timeout=5.0)
         finally:
             store.close()
-        yield chosen
+        yield Registry(chosen, None)
         return
-    with LocalEtcd(directory / "etcd", log_path=directory / "logs" / "etcd.log") as etcd:
-        yield etcd.url
+    launcher = [sys.executable, "-m", "hma_serve.cli.tethered"]
+    with LocalEtcd(directory / "etcd", log_path=directory / "logs" / "etcd.log", launcher=launcher) as etcd:
+        yield Registry(etcd.url, etcd)
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The etcd of the cluster.
+
+    Attributes:
+        urls: For `--etcd`.
+        own: Set when `up` started it.
+    """
+
+    urls: str
+    own: LocalEtcd | None
+
+    def check(self) -> None:
+        """Raises Unavailable if an etcd of ours has ended."""
+        status = None if self.own is None else self.own.poll()
+        if status is not None:
+            raise Unavailable(f"etcd ended with status {status}")
 
 
 def role_command(role: str, *flags: str) -> list[str]:
@@ -226,18 +246,19 @@ def is_ready(host: str, port: int) -> bool:
         connection.close()
 
 
-def wait_ready(config: UpConfig, children: Children, etcd: str, stop: threading.Event) -> tuple[WorkerInfo, ...]:
+def wait_ready(config: UpConfig, children: Children, etcd: Registry, stop: threading.Event) -> tuple[WorkerInfo, ...]:
     """Waits until every worker is registered and the router can serve; returns the workers, none when stopped.
 
     Raises:
         Unavailable: A child ended, or the time is up.
     """
     deadline = time.monotonic() + config.start_timeout
-    store = open_store(etcd)
+    store = open_store(etcd.urls)
     try:
         with Watcher(store) as watcher:
             while not stop.wait(_POLL_SECONDS):
                 children.check()
+                etcd.check()
                 workers = tuple(watcher.current.workers.values())
                 if len(workers) >= config.prefill + config.decode and is_ready(config.host, config.http_port):
                     return workers
@@ -305,16 +326,17 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
     with data_directory(config.data_dir) as directory:
         children = Children(directory / "logs")
         print(f"starting {config.decode} decode, {config.prefill} prefill ({config.prefill_profile}) and a router ...")
-        with etcd_urls(config.etcd, directory) as etcd:
+        with registry(config.etcd, directory) as etcd:
             try:
-                start_services(config, children, etcd)
+                start_services(config, children, etcd.urls)
                 workers = wait_ready(config, children, etcd, stop)
                 if not stop.is_set():
-                    print(describe(config, workers, etcd, directory))
+                    print(describe(config, workers, etcd.urls, directory))
                     show_sample(config)
                     print("serving; Ctrl-C drains and stops", flush=True)
                 while not stop.wait(_POLL_SECONDS):
                     children.check()
+                    etcd.check()
             except BaseException:
                 children.kill()
                 raise
