@@ -1,0 +1,240 @@
+"""The numpy codecs: vendor vectors, the worked example, every code point, bans."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hma_serve import kvblock
+from hma_serve.kvblock import errors
+from hma_serve.v1.kv_block_pb2 import (
+    KV_ROUNDING_NEAREST_AWAY,
+    KV_ROUNDING_NEAREST_EVEN,
+    KV_ROUNDING_TRUNCATE,
+    KV_SECTION_KIND_ELEMENTS,
+    KvCodecId,
+    KvCodecSpec,
+    KvRounding,
+)
+from support.kv_streams import GOLDEN
+
+VENDOR = np.load(GOLDEN / "tenstorrent" / "bfp8_vectors.npz", allow_pickle=False)
+VENDOR_CASES = sorted(int(name[1:-5]) for name in VENDOR.files if name.endswith("_bits"))
+EXAMPLE = [1, -1, 0.5, 1.9921875, 64.5 / 64, 65.5 / 64, 1 / 64, 1 / 128, 3 / 128, 0, -0.0, 1 / 256, -3 / 128, 1.984375]
+EXAMPLE += [3 / 256, -1.9921875]
+TT = kvblock.codec("tt_bfp8_b")
+
+
+@pytest.mark.parametrize("case", VENDOR_CASES)
+def test_bfp8_is_bit_for_bit_the_vendors(case: int) -> None:
+    rows, columns = (int(n) for n in VENDOR[f"c{case}_shape"])
+    values = VENDOR[f"c{case}_input"].reshape(1, rows, columns)
+    packed = VENDOR[f"c{case}_packed"]
+    assert np.array_equal(TT.encode(values).reshape(-1), packed)
+    assert np.array_equal(TT.decode(packed, 1, rows, columns).reshape(-1), VENDOR[f"c{case}_decoded"])
+    TT.check_payload(packed, 1, rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "row"),
+    [
+        (KV_ROUNDING_NEAREST_EVEN, "40c0207f4042010002000000827f01ff"),
+        (KV_ROUNDING_NEAREST_AWAY, "40c0207f4142010102000000827f01ff"),
+    ],
+)
+def test_worked_example(rounding: KvRounding.ValueType, row: str) -> None:
+    values = np.zeros((1, 32, 32), dtype=np.float32)
+    values[0, 0, :16] = EXAMPLE
+    unit = TT.encode(values, rounding).tobytes()
+    assert unit[0] == 127
+    assert unit[1:64] == bytes(63)
+    assert unit[64:80].hex() == row
+    assert unit[80:] == bytes(1088 - 80)
+
+
+def test_bfp8_places_every_element_where_the_page_says() -> None:
+    tokens, channels = np.meshgrid(np.arange(64), np.arange(96), indexing="ij")
+    unit_of = tokens // 32 * 3 + channels // 32
+    face = tokens % 32 // 16 * 2 + channels % 32 // 16
+    exponent_at = unit_of * 1088 + face * 16 + tokens % 16
+    element_at = unit_of * 1088 + 64 + face * 256 + tokens % 16 * 16 + channels % 16
+    rng = np.random.default_rng(1)
+    payload = rng.integers(0, 255, 6 * 1088, dtype=np.uint8)
+    element = payload[element_at].astype(np.int64)
+    exponent = payload[exponent_at].astype(np.int64)
+    sign = np.where(element < 128, 1.0, -1.0)
+    right = np.where(exponent < 7, 0.0, sign * (element & 127) * 2.0 ** (exponent - 133))
+    assert np.array_equal(TT.decode(payload, 1, 64, 96)[0], right.astype(np.float32))
+
+
+def test_bfp8_decodes_every_code_at_every_exponent() -> None:
+    exponents = np.arange(255)
+    tiles = np.empty((255, 1088), dtype=np.uint8)
+    tiles[:, :64] = exponents[:, None]
+    tiles[:, 64:] = np.tile(np.arange(256), 4)
+    codes = np.arange(256)
+    steps = np.where(exponents >= 7, 2.0 ** (exponents - 133), 0.0)
+    right = np.where(codes < 128, codes, 128 - codes) * steps[:, None]
+    face = TT.decode(tiles, 255, 32, 32)[:, :16, :16].reshape(255, 256)
+    assert np.array_equal(face, right.astype(np.float32))
+    assert np.array_equal(face, face.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@given(
+    hnp.arrays(np.float32, (1, 32, 32), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
+    st.sampled_from([KV_ROUNDING_NEAREST_EVEN, KV_ROUNDING_NEAREST_AWAY]),
+)
+def test_bfp8_error_is_half_a_step_or_saturation(values: np.ndarray, rounding: KvRounding.ValueType) -> None:
+    unit = TT.encode(values, rounding)
+    TT.check_payload(unit, 1, 32, 32)
+    decoded = TT.decode(unit, 1, 32, 32).astype(np.float64)
+    groups = values.reshape(32, 2, 16)
+    exponent = (groups.view(np.uint32) >> 23 & 255).max(-1, keepdims=True).astype(np.int64)
+    step = np.where(exponent >= 7, 2.0 ** (exponent - 133), 2.0**-119)  # below 7 all of it is lost
+    error = np.abs(decoded.reshape(32, 2, 16) - groups)
+    assert (error <= np.where(np.abs(groups) > 126.5 * step, step, step / 2)).all()
+
+
+def test_bfp8_saturates_instead_of_raising_the_exponent() -> None:
+    values = np.full((1, 32, 32), np.nextafter(np.float32(2), np.float32(0)), dtype=np.float32)
+    unit = TT.encode(values)
+    assert set(unit.reshape(-1)[:64]) == {127}
+    assert set(unit.reshape(-1)[64:]) == {127}
+
+
+def test_bfp8_never_writes_a_negative_zero() -> None:
+    values = np.full((1, 32, 32), -1e-9, dtype=np.float32)
+    values[..., 0::16] = 1.0
+    values[..., 1::16] = -0.0
+    values[..., 2::16] = -(2.0**-140)
+    TT.check_payload(TT.encode(values), 1, 32, 32)
+
+
+def test_bf16_decodes_every_code_as_ml_dtypes() -> None:
+    codes = np.arange(65536, dtype="<u2")
+    ours = kvblock.codec("bf16").decode(codes.view(np.uint8), 1, 64, 1024).reshape(-1)
+    theirs = codes.view(ml_dtypes.bfloat16).astype(np.float32)
+    assert np.array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+
+
+def test_bf16_rounds_as_ml_dtypes() -> None:
+    rng = np.random.default_rng(3)
+    bits = rng.integers(0, 2**32, 1 << 16, dtype=np.uint32)
+    values = np.where((bits >> 23 & 255) >= 254, 0, bits).astype(np.uint32).view(np.float32).reshape(2, 64, 512)
+    ours = kvblock.codec("bf16").encode(values).reshape(-1).view("<u2")
+    assert np.array_equal(ours, values.astype(ml_dtypes.bfloat16).reshape(-1).view("<u2"))
+
+
+def test_f32_is_exact_in_token_order() -> None:
+    values = np.random.default_rng(4).standard_normal((3, 64, 5)).astype(np.float32)
+    packed = kvblock.codec("f32").encode(values)
+    assert packed.tobytes() == values.tobytes()
+    assert np.array_equal(kvblock.codec("f32").decode(packed, 3, 64, 5), values)
+
+
+@pytest.mark.parametrize(("name", "group_bytes"), [("f32", 32 * 128 * 4), ("bf16", 32 * 128 * 2), ("tt_bfp8_b", 4352)])
+def test_sizes(name: str, group_bytes: int) -> None:
+    codec = kvblock.codec(name)
+    assert codec.group_bytes(128) == group_bytes
+    assert codec.payload_bytes(8, 96, 128) == 8 * 3 * group_bytes
+    assert codec.payload_sections(8, 96, 128) == ((KV_SECTION_KIND_ELEMENTS, 0, 8 * 3 * group_bytes),)
+
+
+@pytest.mark.parametrize("name", kvblock.codec_names())
+@pytest.mark.parametrize("at", [0, 17, -1])
+def test_any_alignment_is_read(name: str, at: int) -> None:
+    codec = kvblock.codec(name)
+    values = np.random.default_rng(5).standard_normal((2, 32, 64)).astype(np.float32)
+    payload = codec.encode(values).tobytes()
+    shifted = memoryview(b"\xff" * (at % 8) + payload)[at % 8 :]
+    codec.check_payload(shifted, 2, 32, 64)
+    assert np.array_equal(codec.decode(shifted, 2, 32, 64), codec.decode(payload, 2, 32, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "byte"),
+    [
+        ("f32", 3, 0x7F),  # with 0x80 before it: exponent 255
+        ("f32", -1, 0xFF),
+        ("bf16", 1, 0x7F),
+        ("bf16", -1, 0xFF),
+        ("tt_bfp8_b", 0, 255),
+        ("tt_bfp8_b", 63, 255),
+        ("tt_bfp8_b", 1088 + 5, 255),
+        ("tt_bfp8_b", 64, 0x80),
+        ("tt_bfp8_b", -1, 0x80),
+    ],
+)
+def test_banned_codes_are_found_wherever_they_stand(name: str, at: int, byte: int) -> None:
+    codec = kvblock.codec(name)
+    payload = codec.encode(np.ones((1, 32, 64), dtype=np.float32)).reshape(-1).copy()
+    payload[at] = byte
+    if name in ("f32", "bf16"):
+        payload[at - 1] = 0x80
+    with pytest.raises(errors.BannedCode) as refused:
+        codec.check_payload(payload, 1, 32, 64)
+    assert refused.value.field == "payload"
+
+
+@pytest.mark.parametrize("name", kvblock.codec_names())
+def test_largest_values_are_not_banned(name: str) -> None:
+    codec = kvblock.codec(name)
+    values = np.full((1, 32, 32), -3.3e38, dtype=np.float32)
+    values[..., ::2] *= -1
+    codec.check_payload(codec.encode(values), 1, 32, 32)
+
+
+@pytest.mark.parametrize("name", kvblock.codec_names())
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_encoders_refuse_what_cannot_travel(name: str, bad: float) -> None:
+    values = np.zeros((1, 32, 32), dtype=np.float32)
+    values[0, 31, 31] = bad
+    with pytest.raises(ValueError, match="Inf and NaN"):
+        kvblock.codec(name).encode(values)
+
+
+def test_encoders_refuse_partial_groups_overflow_and_foreign_roundings() -> None:
+    with pytest.raises(ValueError, match="whole groups"):
+        TT.encode(np.zeros((1, 31, 32), dtype=np.float32))
+    with pytest.raises(ValueError, match="too large"):
+        kvblock.codec("bf16").encode(np.full((1, 32, 1), np.finfo(np.float32).max, dtype=np.float32))
+    for name in ("bf16", "tt_bfp8_b"):
+        with pytest.raises(ValueError, match="rounds to nearest"):
+            kvblock.codec(name).encode(np.zeros((1, 32, 32), dtype=np.float32), KV_ROUNDING_TRUNCATE)
+
+
+@pytest.mark.parametrize("name", kvblock.codec_names())
+def test_payloads_of_the_wrong_size_are_refused(name: str) -> None:
+    codec = kvblock.codec(name)
+    payload = codec.encode(np.zeros((1, 32, 32), dtype=np.float32)).tobytes()
+    with pytest.raises(errors.TruncatedPayload):
+        codec.decode(payload[:-1], 1, 32, 32)
+    with pytest.raises(errors.TrailingBytes):
+        codec.check_payload(payload + b"\0", 1, 32, 32)
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("f32", 0), ("bf16", 0), ("tt_bfp8_b", 0), ("tt_bfp8_b", 48)])
+def test_head_dims_that_do_not_fit_are_refused(name: str, head_dim: int) -> None:
+    with pytest.raises(errors.BadGeometry):
+        kvblock.codec(name).check_geometry(head_dim)
+
+
+def test_registry_knows_codecs_by_name_and_by_identity() -> None:
+    for name in kvblock.codec_names():
+        codec = kvblock.codec(name)
+        assert kvblock.codec_for(codec.spec(KV_ROUNDING_TRUNCATE)) is codec
+        assert KvCodecId.Name(codec.id) == f"KV_CODEC_ID_{name.upper()}"
+    with pytest.raises(errors.UnknownCodec, match="tt_bfp8_b"):
+        kvblock.codec("fp7")
+    right = TT.spec()
+    for wrong in (
+        KvCodecSpec(id=right.id, version=2),
+        KvCodecSpec(id=right.id, version=1, granularity=2),  # type: ignore[arg-type]
+        KvCodecSpec(id=99, version=1),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(errors.UnknownCodec):
+            kvblock.codec_for(wrong)

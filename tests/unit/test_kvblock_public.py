@@ -1,0 +1,58 @@
+"""The package's surface and its dependencies are decisions, not accidents."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from hma_serve import kvblock
+
+PACKAGE = Path(kvblock.__file__).parent
+MAY_IMPORT = ("numpy", "google_crc32c", "google.protobuf", "hma_serve.v1", "hma_serve.kvblock")
+STANDARD = {"__future__", "abc", "collections.abc", "dataclasses", "types", "typing"}
+
+
+def test_exports() -> None:
+    assert set(kvblock.__all__) == {
+        "BEST_PAYLOAD_BYTES",
+        "FORMAT_MAJOR",
+        "FORMAT_MINOR",
+        "GROUP_TOKENS",
+        "HEADER_ROOM_BYTES",
+        "MAX_MESSAGE_BYTES",
+        "Acceptance",
+        "Block",
+        "Codec",
+        "Coverage",
+        "KvFormatError",
+        "Limits",
+        "Payload",
+        "Rectangle",
+        "RolePlan",
+        "Section",
+        "StreamPlan",
+        "StreamReader",
+        "StreamWriter",
+        "build_manifest",
+        "check_offer",
+        "check_plan",
+        "codec",
+        "codec_for",
+        "codec_names",
+        "decode_frame",
+        "encode_frame",
+        "split_blocks",
+        "validate_block",
+        "validate_manifest",
+    }
+    assert all(hasattr(kvblock, name) for name in kvblock.__all__)
+
+
+def test_imports() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name in STANDARD or name.startswith(MAY_IMPORT), f"{path.name} imports {name}"

@@ -1,0 +1,119 @@
+"""Writer to reader: however a stream is cut and split over producers, the same units arrive, each exactly once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hma_serve import kvblock
+from hma_serve.kvblock import errors
+from hma_serve.v1.kv_block_pb2 import KV_ROLE_K, KV_ROLE_LATENT, KV_ROLE_V
+from hma_serve.v1.kv_transfer_pb2 import PushEnd
+from support.kv_streams import EPOCH, TICKET, random_units, small_manifest, small_plan
+
+
+@pytest.mark.parametrize("codec", kvblock.codec_names())
+@pytest.mark.parametrize("max_payload", [1, 3 * 4096, 1 << 20])
+def test_a_whole_stream_arrives(codec: str, max_payload: int) -> None:
+    plan = small_plan(codec, token_count=160)
+    writer = kvblock.StreamWriter(plan, TICKET, EPOCH)
+    reader = kvblock.StreamReader(plan, TICKET, EPOCH)
+    sent = {key: random_units(plan, seed) for seed, key in enumerate(plan.roles)}
+    frames = [
+        frame
+        for (layer, role), units in sent.items()
+        for frame in writer.frames(
+            layer,
+            plan.roles[layer, role].role,
+            units,
+            token_start=32,
+            last=(layer, role) == (1, KV_ROLE_V),
+            max_payload=max_payload,
+        )
+    ]
+    pages = {key: np.zeros_like(units) for key, units in sent.items()}
+    for frame in frames:
+        header, payload = kvblock.decode_frame(frame)
+        assert not reader.complete
+        _store(pages, reader.validate(header.block, payload))
+    assert reader.complete
+    reader.finish(PushEnd(blocks=writer.sent))
+    assert reader.received == writer.sent == len(frames)
+    assert reader.payload_bytes == writer.payload_bytes == plan.payload_bytes
+    for key, units in sent.items():
+        assert np.array_equal(pages[key], units)
+    lasts = [kvblock.decode_frame(frame)[0].block.last for frame in frames]
+    assert lasts == [False] * (len(frames) - 1) + [True]
+
+
+@given(st.permutations([(head, third) for head in range(2) for third in range(3)]))
+def test_heads_of_two_producers_and_tokens_of_three_arrive_in_any_order(order: list[tuple[int, int]]) -> None:
+    manifest = small_manifest(token_count=192)
+    manifest.layer_groups[0].layers[:] = [0]
+    plan = kvblock.validate_manifest(manifest)
+    coverage = kvblock.Coverage(plan)
+    writers = [kvblock.StreamWriter(plan, TICKET, EPOCH) for _ in range(2)]
+    readers = [kvblock.StreamReader(plan, TICKET, EPOCH, coverage) for _ in range(2)]
+    sent = {key: random_units(plan, seed) for seed, key in enumerate(plan.roles)}
+    pages = {key: np.zeros_like(units) for key, units in sent.items()}
+    for head, third in order:
+        for role in (KV_ROLE_V, KV_ROLE_K):
+            units = sent[0, role][head : head + 1, third * 2 : third * 2 + 2]
+            for header, payload in writers[head].blocks(
+                0, role, units, token_start=32 + third * 64, head_start=head, max_payload=1088
+            ):
+                _store(pages, readers[head].validate(header.block, payload.reshape(-1)))
+    assert coverage.complete
+    for key, units in sent.items():
+        assert np.array_equal(pages[key], units)
+    for writer, reader in zip(writers, readers, strict=True):
+        reader.finish(PushEnd(blocks=writer.sent))
+
+
+def test_a_shared_coverage_refuses_what_the_other_producer_sent() -> None:
+    plan = small_plan()
+    coverage = kvblock.Coverage(plan)
+    for expected in (None, errors.OverlappingRange):
+        header, payload = next(
+            kvblock.StreamWriter(plan, TICKET, EPOCH).blocks(0, KV_ROLE_K, random_units(plan), token_start=32)
+        )
+        reader = kvblock.StreamReader(plan, TICKET, EPOCH, coverage)
+        if expected is None:
+            reader.validate(header.block, payload.reshape(-1))
+        else:
+            with pytest.raises(expected):
+                reader.validate(header.block, payload.reshape(-1))
+
+
+def test_the_writer_refuses_what_the_manifest_does_not_describe() -> None:
+    plan = small_plan()
+    writer = kvblock.StreamWriter(plan, TICKET, EPOCH)
+    units = random_units(plan)
+    with pytest.raises(errors.UnknownLayer):
+        next(writer.blocks(9, KV_ROLE_K, units, token_start=32))
+    with pytest.raises(errors.UnknownLayer):
+        next(writer.blocks(0, KV_ROLE_LATENT, units, token_start=32))
+    wrongs: list[Any] = [units[..., 1:], units.reshape(-1), units.astype(np.int16)]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="packed must be"):
+            next(writer.blocks(0, KV_ROLE_K, wrong, token_start=32))
+    assert writer.sent == 0
+
+
+def test_payloads_are_views_of_the_packed_layer() -> None:
+    plan = small_plan()
+    units = random_units(plan)
+    for _, payload in kvblock.StreamWriter(plan, TICKET, EPOCH).blocks(
+        0, KV_ROLE_K, units, token_start=32, max_payload=2 * 1088
+    ):
+        assert np.shares_memory(payload, units)
+
+
+def _store(pages: dict[tuple[int, int], np.ndarray], block: kvblock.Block) -> None:
+    heads = slice(block.head_start, block.head_start + block.head_count)
+    groups = slice(block.group_start, block.group_start + block.group_count)
+    pages[block.layer, int(block.role)][heads, groups] = block.groups()
