@@ -19,6 +19,7 @@ from typing import Any
 
 import tokenizers
 from google.protobuf import duration_pb2
+from prometheus_client import CollectorRegistry
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from hma_serve.core.errors import HmaError, NotFound
@@ -35,8 +36,12 @@ from hma_serve.core.worker import (
     mint_instance,
 )
 from hma_serve.registry import FleetSnapshot
+from hma_serve.router.config import RouterConfig
+from hma_serve.router.fleet import Fleet
 from hma_serve.router.model import ServedModel
+from hma_serve.router.pipeline import Pipeline, run_pipeline
 from hma_serve.rpc import GrpcServer
+from hma_serve.telemetry.metrics import router_metrics
 from hma_serve.text import Tokenizer
 from hma_serve.v1 import (
     common_pb2,
@@ -155,6 +160,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         calls: Requests received.
         active: Requests being served now.
         cancelled: Requests whose caller went away.
+        described: Times that somebody asked who this is.
     """
 
     def __init__(self, info: WorkerInfo, *services: str) -> None:
@@ -163,6 +169,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.calls: list[Any] = []
         self.active = 0
         self.cancelled = 0
+        self.described = 0
         self._report = asyncio.Event()
         self._idle = asyncio.Condition()
         self._server = GrpcServer(info.role, info.address, services)
@@ -188,6 +195,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         async with self._idle:
             await self._idle.wait_for(lambda: not self.active)
 
+    async def until_described(self, times: int) -> None:
+        """Waits until somebody has asked so many times who this is."""
+        async with self._idle:
+            await self._idle.wait_for(lambda: self.described >= times)
+
     async def until_active(self, count: int = 1) -> None:
         """Waits until `count` requests are being served."""
         async with self._idle:
@@ -211,6 +223,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             self._idle.notify_all()
 
     async def Describe(self, request: worker_pb2.DescribeRequest, context: object) -> worker_pb2.DescribeResponse:
+        async with self._idle:
+            self.described += 1
+            self._idle.notify_all()
         return worker_pb2.DescribeResponse(worker=self.info.to_proto())
 
     async def WatchLoad(
@@ -269,6 +284,11 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         _DECODES.pop(self.info.address, None)
         await super().stop()
 
+    async def until_renewed(self, times: int) -> None:
+        """Waits until so many leases have been renewed."""
+        async with self._idle:
+            await self._idle.wait_for(lambda: self.renewals >= times)
+
     def deliver(self, nonce: bytes) -> None:
         """The prompt's KV is complete."""
         if nonce not in self._arrived:
@@ -278,7 +298,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     async def Extend(self, request: decode_pb2.ExtendRequest, context: object) -> decode_pb2.ExtendResponse:
         if request.nonce not in self._arrived:
             raise NotFound("no such ticket")
-        self.renewals += 1
+        async with self._idle:
+            self.renewals += 1
+            self._idle.notify_all()
         return decode_pb2.ExtendResponse(lease=self.lease)
 
     async def Release(self, request: decode_pb2.ReleaseRequest, context: object) -> decode_pb2.ReleaseResponse:
@@ -342,6 +364,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         refusals: Raised one after the other instead of accepting.
         failures: Raised one after the other after accepting.
         stalled: Accept, then do nothing.
+        late_failures: Raised one after the other when decode has the prompt already.
     """
 
     def __init__(self, info: WorkerInfo | None = None) -> None:
@@ -350,6 +373,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         self.refusals: list[HmaError] = []
         self.failures: list[HmaError] = []
         self.stalled = False
+        self.late_failures: list[HmaError] = []
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: object
@@ -363,8 +387,34 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
             if self.stalled:
                 await asyncio.Event().wait()
             _DECODES[request.decode_address].deliver(request.ticket)
+            if self.late_failures:
+                raise self.late_failures.pop(0)
             completed = prefill_pb2.PrefillCompleted(computed_tokens=len(request.token_ids))
             yield prefill_pb2.PrefillResponse(completed=completed)
+
+
+@asynccontextmanager
+async def running_pipeline(*workers: FakeWorker, **settings: Any) -> AsyncIterator[tuple[Pipeline, FakeRegistry]]:
+    """A router's pipeline over fakes, once every registered worker is reachable; starts and stops the fakes too."""
+    config = RouterConfig(registry="-", **settings)
+    async with running(*workers):
+        registry = FakeRegistry(*(worker.info for worker in workers))
+        metrics = router_metrics(CollectorRegistry())
+        async with run_pipeline(config, fake_model(), registry, metrics) as pipeline:
+            await until(pipeline, lambda fleet: all(view.open for view in (*fleet.prefills, *fleet.decodes)))
+            yield pipeline, registry
+
+
+async def until(pipeline: Pipeline, condition: Callable[[Fleet], bool]) -> None:
+    """Waits until the fleet is as it should be."""
+    changed = asyncio.Event()
+    unsubscribe = pipeline.keeper.subscribe(changed.set)
+    try:
+        while not condition(pipeline.keeper.fleet):
+            await changed.wait()
+            changed.clear()
+    finally:
+        unsubscribe()
 
 
 @asynccontextmanager

@@ -9,23 +9,10 @@ from typing import Any, TypeAlias
 import pytest
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
-from prometheus_client import CollectorRegistry
 
-from hma_serve.router.config import RouterConfig
 from hma_serve.router.http.app import build_app
-from hma_serve.router.pipeline import Pipeline, run_pipeline
-from hma_serve.telemetry.metrics import router_metrics
-from support.fake_workers import (
-    EOS,
-    MODEL_NAME,
-    VOCAB,
-    WINDOW,
-    FakeDecode,
-    FakePrefill,
-    FakeRegistry,
-    fake_model,
-    running,
-)
+from hma_serve.router.pipeline import Pipeline
+from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW, FakeDecode, FakePrefill, FakeRegistry, running_pipeline
 
 Client: TypeAlias = TestClient[web.Request, web.Application]
 
@@ -64,26 +51,13 @@ class Stack:
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
-async def until_ready(pipeline: Pipeline) -> None:
-    changed = asyncio.Event()
-    unsubscribe = pipeline.keeper.subscribe(changed.set)
-    while pipeline.not_ready() is not None:
-        await changed.wait()
-        changed.clear()
-    unsubscribe()
-
-
 @asynccontextmanager
 async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
     prefill, decode = FakePrefill(), FakeDecode()
-    config = RouterConfig(registry="-", **settings)
-    async with running(prefill, decode):
-        registry = FakeRegistry(prefill.info, decode.info)
-        async with run_pipeline(config, fake_model(), registry, router_metrics(CollectorRegistry())) as pipeline:
-            await until_ready(pipeline)
-            app = build_app(pipeline.completions, pipeline.not_ready, max_body_bytes=MAX_BODY, body_timeout=0.2)
-            async with TestClient(TestServer(app)) as client:
-                yield Stack(client, pipeline, registry, prefill, decode)
+    async with running_pipeline(prefill, decode, **settings) as (pipeline, registry):
+        app = build_app(pipeline.completions, pipeline.not_ready, max_body_bytes=MAX_BODY, body_timeout=0.2)
+        async with TestClient(TestServer(app)) as client:
+            yield Stack(client, pipeline, registry, prefill, decode)
 
 
 @pytest.fixture

@@ -179,7 +179,7 @@ async def _progress(attempt: Attempt, placement: Placement) -> AsyncGenerator[Pr
 
 def _hopeless(failed: AttemptFailed, job: Job) -> bool:
     """Whether another pair would say the same, or too late."""
-    return isinstance(failed.error, _CLIENTS_FAULT) or _out_of_time(job)
+    return isinstance(failed.error, (*_CLIENTS_FAULT, DeadlineExceeded)) or _out_of_time(job)
 
 
 def _out_of_time(job: Job) -> bool:
@@ -188,7 +188,7 @@ def _out_of_time(job: Job) -> bool:
 
 def _final(failed: AttemptFailed, job: Job) -> HmaError:
     """What the client is told: its own faults, overload and bugs as they are, anything else as unavailability."""
-    if _out_of_time(job):
+    if isinstance(failed.error, DeadlineExceeded) or _out_of_time(job):
         return DeadlineExceeded("the request's deadline passed")
     if isinstance(failed.error, (*_CLIENTS_FAULT, ResourceExhausted, Internal)):
         return failed.error

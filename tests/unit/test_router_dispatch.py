@@ -1,0 +1,370 @@
+"""What happens to a request when its workers refuse, fail, stall or die: real gRPC, fake workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from aiohttp import ClientSession
+from google.protobuf.duration_pb2 import Duration
+
+from hma_serve.core.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    HmaError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
+from hma_serve.core.request import StopConditions
+from hma_serve.router import attempt
+from hma_serve.router.completion import CompletionRequest, Delta, Event
+from hma_serve.router.grpc_api import SERVICE, InferenceServicer
+from hma_serve.router.http.app import build_app
+from hma_serve.router.pipeline import Pipeline
+from hma_serve.rpc import GrpcServer
+from hma_serve.telemetry.http import serve_app
+from hma_serve.v1 import inference_pb2, inference_pb2_grpc
+from support.fake_workers import FakeDecode, FakePrefill, FakeWorker, running_pipeline, until
+
+LONG = tuple(range(100))
+SHORT = (1, 2, 3)
+TOKENS = 5
+
+
+def request(prompt: tuple[int, ...] = LONG, *, max_tokens: int = TOKENS, timeout: float = 20) -> CompletionRequest:
+    return CompletionRequest((prompt,), stop=StopConditions(max_tokens=max_tokens), timeout=timeout)
+
+
+async def tokens(pipeline: Pipeline, wanted: CompletionRequest) -> list[int]:
+    prepared = await pipeline.completions.prepare(wanted)
+    return [token async for event in pipeline.completions.run(prepared) for token in token_ids(event)]
+
+
+def token_ids(event: Event) -> tuple[int, ...]:
+    return event.token_ids if isinstance(event, Delta) else ()
+
+
+def idle(pipeline: Pipeline) -> bool:
+    """Nothing is held, queued or running any more."""
+    fleet = pipeline.keeper.fleet
+    held = sum(view.ours.requests for view in (*fleet.prefills, *fleet.decodes))
+    return held == pipeline.admission.waiting == pipeline.completions.running == 0
+
+
+class Fleet:
+    """Two prefill and two decode workers; the first of each is the one that is chosen first."""
+
+    def __init__(self) -> None:
+        self.prefills = sorted((FakePrefill(), FakePrefill()), key=lambda worker: worker.info.instance)
+        self.decodes = sorted((FakeDecode(), FakeDecode()), key=lambda worker: worker.info.instance)
+
+    @property
+    def workers(self) -> tuple[FakeWorker, ...]:
+        return (*self.prefills, *self.decodes)
+
+    async def until_idle(self) -> None:
+        for worker in self.workers:
+            await worker.until_idle()
+
+    def calls(self) -> list[int]:
+        return [len(worker.calls) for worker in self.workers]
+
+
+@asynccontextmanager
+async def running_fleet() -> AsyncIterator[tuple[Fleet, Pipeline]]:
+    fleet = Fleet()
+    async with running_pipeline(*fleet.workers) as (pipeline, _):
+        yield fleet, pipeline
+        await fleet.until_idle()
+        assert idle(pipeline)
+
+
+async def test_without_trouble_one_attempt_is_made() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        assert fleet.calls() == [1, 0, 1, 0]
+
+
+async def test_a_decode_that_fails_before_its_ticket_is_replaced() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].refusals = [FailedPrecondition("a profile that does not fit")]
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        first, second = fleet.decodes[0].calls[0], fleet.decodes[1].calls[0]
+        assert (first.context.epoch, second.context.epoch) == (1, 2)
+        assert first.context.request_id == second.context.request_id
+
+
+async def test_a_decode_that_is_full_is_replaced_at_once() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].refusals = [ResourceExhausted("no pages")]
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        assert fleet.calls()[2:] == [1, 1]
+
+
+async def test_when_the_only_decode_is_full_the_request_waits_for_its_next_report() -> None:
+    decode = FakeDecode()
+    decode.refusals = [ResourceExhausted("no pages") for _ in range(5)]
+    async with running_pipeline(decode) as (pipeline, _):
+        task = asyncio.create_task(tokens(pipeline, request(SHORT)))
+        for refused in range(1, 6):
+            await until(pipeline, lambda fleet: fleet.decodes[0].refused)
+            assert len(decode.calls) == refused
+            decode.report()
+            await until(pipeline, lambda fleet: not fleet.decodes[0].refused)
+            await until(pipeline, lambda fleet: fleet.decodes[0].placed > refused)  # noqa: B023
+        assert await task == [1, 2, 3, 1, 2]
+        assert len(decode.calls) == 6
+
+
+@pytest.mark.parametrize("refusal", ["refusals", "failures"])
+async def test_a_prefill_that_fails_is_replaced_and_its_decode_leg_cancelled(refusal: str) -> None:
+    async with running_fleet() as (fleet, pipeline):
+        setattr(fleet.prefills[0], refusal, [DataLoss("the accelerator is on fire")])
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        await fleet.until_idle()
+        assert fleet.calls()[:2] == [1, 1]
+        assert sum(decode.cancelled for decode in fleet.decodes) == 1
+
+
+async def test_a_prefill_that_dies_in_mid_transfer_is_replaced() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].stalled = True
+        task = asyncio.create_task(tokens(pipeline, request()))
+        await fleet.prefills[0].until_active()
+        await fleet.prefills[0].stop()
+        assert await task == list(LONG[:TOKENS])
+        [survivor] = [view for view in pipeline.keeper.fleet.prefills if view.open]
+        assert survivor.info.instance == fleet.prefills[1].info.instance
+
+
+async def test_a_prefill_that_fails_when_decode_has_the_prompt_does_no_harm() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].late_failures = [Internal("after the commit")]
+        fleet.decodes[0].stall_after = 1
+        prepared = await pipeline.completions.prepare(request())
+        async with aclosing(pipeline.completions.run(prepared)) as events:
+            async for event in events:
+                if token_ids(event):
+                    break
+            await fleet.prefills[0].until_idle()
+        assert fleet.calls() == [1, 0, 1, 0]
+
+
+async def test_a_decode_that_dies_before_the_first_token_is_replaced() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].stall_after = 0
+        task = asyncio.create_task(tokens(pipeline, request()))
+        await fleet.decodes[0].until_active()
+        await fleet.decodes[0].stop()
+        assert await task == list(LONG[:TOKENS])
+        away = [view.info.instance for view in pipeline.keeper.fleet.decodes if not view.open]
+        assert away == [fleet.decodes[0].info.instance]
+
+
+async def test_a_decode_that_fails_after_a_token_ends_the_request() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].fail_after, fleet.decodes[0].failure = 2, DataLoss("a page was lost")
+        seen: list[int] = []
+        prepared = await pipeline.completions.prepare(request())
+        with pytest.raises(Unavailable, match="a page was lost"):
+            async for event in pipeline.completions.run(prepared):
+                seen += token_ids(event)
+        assert seen == list(LONG[:2])
+        assert fleet.calls()[2:] == [1, 0]
+
+
+@pytest.mark.parametrize("error", [InvalidArgument("bad", field="seed"), Internal("a bug")])
+async def test_what_no_other_pair_would_do_better_is_told(error: HmaError) -> None:
+    async with running_fleet() as (fleet, pipeline):
+        for decode in fleet.decodes:
+            decode.refusals = [type(error)(error.message, field=error.field) for _ in range(9)]
+        with pytest.raises(type(error), match=error.message) as raised:
+            await tokens(pipeline, request())
+        assert raised.value.field == error.field
+        assert sum(fleet.calls()[2:]) == (1 if isinstance(error, InvalidArgument) else 3)
+
+
+async def test_attempts_are_bounded() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        for prefill in fleet.prefills:
+            prefill.refusals = [FailedPrecondition("no") for _ in range(9)]
+        with pytest.raises(Unavailable, match="prefill worker failed: no"):
+            await tokens(pipeline, request())
+        assert sum(fleet.calls()[:2]) == 3
+
+
+async def test_a_worker_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt, "_ANSWER_TIMEOUT", 0.05)
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].silent = True
+        assert await tokens(pipeline, request(SHORT)) == [1, 2, 3, 1, 2]
+
+
+async def test_the_deadline_ends_both_legs() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].stalled = True
+        with pytest.raises(DeadlineExceeded):
+            await tokens(pipeline, request(timeout=0.1))
+        await fleet.until_idle()
+        assert fleet.calls() == [1, 0, 1, 0]
+
+
+async def test_leaving_early_cancels_both_legs() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].stalled = True
+        task = asyncio.create_task(tokens(pipeline, request()))
+        await fleet.prefills[0].until_active()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await fleet.until_idle()
+        assert fleet.prefills[0].cancelled == fleet.decodes[0].cancelled == 1
+
+
+async def test_prompt_tokens_that_decode_holds_need_no_prefill() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].present_tokens = 96
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        assert fleet.calls() == [0, 0, 1, 0]
+
+
+async def test_without_prefill_workers_decode_computes_the_whole_prompt() -> None:
+    decode = FakeDecode()
+    async with running_pipeline(decode) as (pipeline, _):
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        assert decode.calls[0].packed_tokens == 0
+
+
+async def test_the_lease_of_a_waiting_ticket_is_renewed() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].stalled = True
+        fleet.decodes[0].lease = Duration(nanos=20_000_000)
+        task = asyncio.create_task(tokens(pipeline, request()))
+        await fleet.decodes[0].until_renewed(3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "tokens"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_http_client_that_disconnects_frees_both_workers(stage: str, stream: bool) -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].stalled = stage == "prefill"
+        fleet.decodes[0].stall_after = 1
+        runner, address = await serve_app(build_app(pipeline.completions, pipeline.not_ready), "127.0.0.1:0")
+        body = {"prompt": LONG, "max_tokens": 50, "stream": stream}
+        async with ClientSession() as client:
+            call = asyncio.create_task(client.post(f"http://{address}/v1/completions", json=body))
+            await fleet.decodes[0].until_active()
+            if stage == "prefill":
+                await fleet.prefills[0].until_active()
+            elif stream:
+                await (await call).content.readline()
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+        await fleet.until_idle()
+        assert fleet.decodes[0].cancelled == 1
+        await runner.cleanup()
+
+
+async def test_a_failure_in_mid_stream_is_told_inside_the_stream() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].fail_after, fleet.decodes[0].failure = 1, DataLoss("a page was lost")
+        runner, address = await serve_app(build_app(pipeline.completions, pipeline.not_ready), "127.0.0.1:0")
+        async with ClientSession() as client:
+            body = {"prompt": LONG, "stream": True}
+            response = await client.post(f"http://{address}/v1/completions", json=body)
+            assert response.status == 200
+            chunks = (await response.text()).split("\n\n")
+        assert len(chunks) == 4
+        assert '"code":"unavailable"' in chunks[1]
+        assert chunks[2:] == ["data: [DONE]", ""]
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def inference(pipeline: Pipeline) -> AsyncIterator[inference_pb2_grpc.InferenceAsyncStub]:
+    server = GrpcServer("router", "127.0.0.1:0", [SERVICE])
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(pipeline.completions), server.server)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield inference_pb2_grpc.InferenceStub(channel)
+    await server.stop(0)
+
+
+def grpc_request(prompt: tuple[int, ...] = LONG, **fields: object) -> inference_pb2.GenerateRequest:
+    message = inference_pb2.GenerateRequest(**fields)  # type: ignore[arg-type]
+    message.token_ids.ids.extend(prompt)
+    message.stop.max_tokens = TOKENS
+    return message
+
+
+async def test_grpc_streams_started_deltas_and_finished() -> None:
+    async with running_fleet() as (fleet, pipeline), inference(pipeline) as stub:
+        fleet.decodes[0].per_message = 2
+        events = [event async for event in stub.Generate(grpc_request(n=1, return_prompt_token_ids=True))]
+        kinds = [event.WhichOneof("event") for event in events]
+        assert kinds == ["started", "delta", "delta", "delta", "finished"]
+        assert list(events[0].started.prompt_token_ids) == list(LONG)
+        assert [token for event in events for token in event.delta.token_ids] == list(LONG[:TOKENS])
+        usage = events[-1].finished.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(LONG), TOKENS)
+
+
+async def test_grpc_text_prompts_and_the_whole_window() -> None:
+    async with running_fleet() as (_, pipeline), inference(pipeline) as stub:
+        message = inference_pb2.GenerateRequest(text="abc", model="fake")
+        events = [event async for event in stub.Generate(message)]
+        text = "".join(event.delta.text for event in events)
+        assert len(text) == pipeline.completions.window - 3
+        assert text.startswith("abcabc")
+
+
+BAD = [
+    (inference_pb2.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT),
+    (inference_pb2.GenerateRequest(text=""), grpc.StatusCode.INVALID_ARGUMENT),
+    (inference_pb2.GenerateRequest(text="a", model="other"), grpc.StatusCode.NOT_FOUND),
+    (inference_pb2.GenerateRequest(text="a" * 600), grpc.StatusCode.INVALID_ARGUMENT),
+    (inference_pb2.GenerateRequest(text="a", n=33), grpc.StatusCode.INVALID_ARGUMENT),
+    (inference_pb2.GenerateRequest(text="a", client_request_id="x" * 300), grpc.StatusCode.INVALID_ARGUMENT),
+    (grpc_request((257,)), grpc.StatusCode.INVALID_ARGUMENT),
+]
+
+
+async def test_grpc_refuses_what_http_refuses() -> None:
+    async with running_fleet() as (fleet, pipeline), inference(pipeline) as stub:
+        for message, status in BAD:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                [event async for event in stub.Generate(message)]
+            assert raised.value.code() is status, raised.value
+        assert fleet.calls() == [0, 0, 0, 0]
+        assert len([event async for event in stub.Generate(grpc_request())]) == TOKENS + 2
+
+
+async def test_grpc_cancellation_and_deadline_free_both_workers() -> None:
+    async with running_fleet() as (fleet, pipeline), inference(pipeline) as stub:
+        fleet.prefills[0].stalled = True
+        call = stub.Generate(grpc_request())
+        read = asyncio.ensure_future(call.read())
+        await fleet.prefills[0].until_active()
+        call.cancel()
+        await asyncio.gather(read, return_exceptions=True)
+        await fleet.until_idle()
+        assert fleet.decodes[0].cancelled == 1
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            fleet.prefills[1].stalled = True
+            [event async for event in stub.Generate(grpc_request(), timeout=0.2)]
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_grpc_lists_the_models() -> None:
+    async with running_fleet() as (_, pipeline), inference(pipeline) as stub:
+        [model] = (await stub.ListModels(inference_pb2.ListModelsRequest())).models
+        assert (model.id, model.max_model_len) == ("fake", pipeline.completions.window)
