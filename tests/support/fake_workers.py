@@ -250,6 +250,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
 
     Attributes:
         refusals: Raised one after the other instead of giving a ticket.
+        gate: Tokens come only while it is set.
         silent: Never give a ticket.
         fail_after: Raise `failure` when so many tokens have been sent.
         failure: What to raise then.
@@ -265,6 +266,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         super().__init__(info or fake_worker(WorkerRole.DECODE, address="127.0.0.1:0"), "hma_serve.v1.Decode")
         decode_pb2_grpc.add_DecodeServicer_to_server(self, self.grpc_server)
         self.refusals: list[HmaError] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.silent = False
         self.fail_after: int | None = None
         self.failure: HmaError = NotFound("unset")
@@ -340,6 +343,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         limit = request.stop.max_tokens
         end = limit if self.eos_after is None or request.stop.ignore_eos else min(limit, self.eos_after)
         for start in range(0, end, self.per_message):
+            await self.gate.wait()
             if self.fail_after is not None and start >= self.fail_after:
                 raise self.failure
             if self.stall_after is not None and start >= self.stall_after:
