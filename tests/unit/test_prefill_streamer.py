@@ -163,7 +163,7 @@ FAILURES = {
         r"decode at .*: no such ticket",
     ),
     "refused in the middle": (
-        Behaviour(refusal=FailedPrecondition("stale epoch", field="epoch"), refuse_at=3),
+        Behaviour(window=2 * UNIT, refusal=FailedPrecondition("stale epoch", field="epoch"), refuse_at=3),
         FailedPrecondition,
         r"decode at .*: stale epoch",
     ),

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 import grpc
 import grpc.aio
 
-from hma_serve.core.errors import HmaError, Internal, Unavailable
+from hma_serve.core.errors import Cancelled, HmaError, Internal, Unavailable
 from hma_serve.prefill.guard import Guard
 from hma_serve.rpc import from_error_detail, from_rpc_error
 from hma_serve.v1 import kv_transfer_pb2 as pb
@@ -23,6 +23,9 @@ from hma_serve.v1 import kv_transfer_pb2 as pb
 METHOD = "/hma_serve.v1.KvTransfer/Push"
 
 _CLOSING_SECONDS = 1.0
+
+# gRPC's own details of an INTERNAL that replaces the peer's status when a write fails as the call ends (grpc#36066).
+_FAILED_WRITE = "Internal error from Core"
 
 Result = TypeVar("Result")
 
@@ -108,7 +111,7 @@ class PushStream:
     async def finish(self, frame: bytes) -> pb.PushCommitted:
         """Sends the `PushEnd` frame, waits for the commit and lets the receiver end the stream."""
         await self._write(frame)
-        await self._call.done_writing()
+        await self._hand_over(self._call.done_writing())
         committed = await self._wait(self._committed, f"decode at {self._address} to commit the KV")
         if (committed.blocks, committed.payload_bytes) != (self._sent_blocks, self._sent_bytes):
             raise self._broken(
@@ -123,8 +126,11 @@ class PushStream:
         return await self._guard.wait(awaitable, what, limit=self._stall_timeout)
 
     async def _write(self, frame: bytes) -> None:
+        await self._hand_over(self._call.write(frame))
+
+    async def _hand_over(self, written: Awaitable[None]) -> None:
         try:
-            await self._wait(self._call.write(frame), f"decode at {self._address} to take a frame")
+            await self._wait(written, f"decode at {self._address} to take a frame")
         except (grpc.RpcError, asyncio.InvalidStateError) as exc:
             # The call is over; the reader is about to learn why.
             if self._reader is not None:
@@ -141,7 +147,7 @@ class PushStream:
         except HmaError as exc:
             self._guard.fail(exc)
         except grpc.RpcError as exc:
-            self._guard.fail(self._named(from_rpc_error(exc)))
+            self._guard.fail(self._typed(exc))
 
     async def _ended(self) -> None:
         if self._committed.done():
@@ -175,6 +181,14 @@ class PushStream:
             raise self._broken(f"its credit fell from {self._credit_bytes} to {credit_bytes}")
         self._credit_bytes = credit_bytes
         self._credit_changed.set()
+
+    def _typed(self, exc: grpc.RpcError) -> HmaError:
+        """What a failed call means for the request."""
+        error = from_rpc_error(exc)
+        # A peer that goes away cancels its calls; nobody on our side did.
+        if isinstance(error, Cancelled) or error.message == _FAILED_WRITE:
+            return self._lost("the stream ended before the KV was committed")
+        return self._named(error)
 
     def _named(self, error: HmaError) -> HmaError:
         """The peer's error, saying whose it is."""

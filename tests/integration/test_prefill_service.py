@@ -1,0 +1,482 @@
+"""A real prefill worker, front and engine, pushing to a KvTransfer server of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import httpx
+import numpy as np
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hma_serve import quant
+from hma_serve.checkpoint import fingerprint
+from hma_serve.core.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    HmaError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from hma_serve.prefill.kv_layout import ROLES
+from hma_serve.rpc import deadline_in, from_rpc_error
+from hma_serve.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from support.cluster import alive, descendants
+from support.push_receiver import Behaviour, PushReceiver
+from support.reference import reference_packed_kv
+from support.tiny_qwen3 import make_tiny_checkpoint
+
+LAYERS, VOCAB, WINDOW, CHUNK = 6, 320, 2048, 64
+MAX_RUNNING, MAX_WAITING = 3, 1
+START_SECONDS = 60.0
+LAYER_BYTES = 2 * 2 * (CHUNK // 32) * 1088
+_SERVING = re.compile(r"gRPC (\S+), HTTP (\S+)$")
+
+
+@dataclass
+class Worker:
+    """A running `hma-serve prefill`."""
+
+    process: subprocess.Popen[str]
+    events: Path
+    lines: list[str] = field(default_factory=list)
+    address: str = ""
+    http: str = ""
+
+    def wait_serving(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := _SERVING.search(line.rstrip()):
+                self.address, self.http = found.groups()
+                break
+        else:
+            raise AssertionError("".join(self.lines))
+        self._drainer = threading.Thread(target=self.lines.extend, args=(self.process.stderr,), daemon=True)
+        self._drainer.start()
+
+    @property
+    def engine_pid(self) -> int:
+        (pid,) = descendants(self.process.pid)
+        return pid
+
+    def recorded(self, request_id: str) -> list[dict[str, int]]:
+        events = [json.loads(line) for line in self.events.read_text().splitlines()]
+        return [event for event in events if event["request"] == request_id]
+
+
+@contextlib.contextmanager
+def running_worker(checkpoint: Path, events: Path, *arguments: str) -> Iterator[Worker]:
+    command = [sys.executable, "-m", "hma_serve.cli.main", "prefill", "--model", str(checkpoint), "--etcd", "none"]
+    command += ["--listen", "127.0.0.1:0", "--threads", "1", "--events", str(events), "--max-running", str(MAX_RUNNING)]
+    command += ["--max-waiting", str(MAX_WAITING), "--chunk-tokens", str(CHUNK), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    watchdog = threading.Timer(START_SECONDS, process.kill)
+    watchdog.start()
+    worker = Worker(process, events)
+    try:
+        worker.wait_serving()
+        watchdog.cancel()
+        yield worker
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        worker._drainer.join(5)
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "tiny",
+        layers=LAYERS,
+        hidden=64,
+        heads=8,
+        kv_heads=2,
+        head_dim=32,
+        intermediate=96,
+        vocab=VOCAB,
+        max_position_embeddings=WINDOW,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    events = tmp_path_factory.mktemp("events") / "layers.jsonl"
+    with running_worker(checkpoint, events, "--stall-timeout", "20") as made:
+        yield made
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[PushReceiver]:
+    async with PushReceiver() as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def connected(worker: Worker) -> AsyncIterator[Client]:
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        yield Client(channel)
+
+
+@pytest.fixture
+async def client(worker: Worker) -> AsyncIterator[Client]:
+    async with connected(worker) as made:
+        yield made
+        await made.idle()
+
+
+def prompt(tokens: int, seed: int = 5) -> list[int]:
+    return torch.randint(VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+_names = itertools.count()
+
+
+class Call:
+    """One Prefill call."""
+
+    def __init__(self, channel: grpc.aio.Channel, request: prefill_pb2.PrefillRequest) -> None:
+        self.request = request
+        self.call = prefill_pb2_grpc.PrefillStub(channel).Prefill(request, timeout=60)
+        self.responses: list[prefill_pb2.PrefillResponse] = []
+
+    async def read(self) -> prefill_pb2.PrefillResponse | None:
+        """The next response, None at the end; typed errors."""
+        try:
+            response = await self.call.read()
+        except grpc.RpcError as exc:
+            raise from_rpc_error(exc) from None
+        if not isinstance(response, prefill_pb2.PrefillResponse):
+            return None
+        self.responses.append(response)
+        return response
+
+    async def accepted(self) -> prefill_pb2.PrefillAccepted:
+        response = await self.read()
+        assert response is not None
+        assert response.HasField("accepted")
+        return response.accepted
+
+    async def completed(self) -> prefill_pb2.PrefillCompleted:
+        while await self.read() is not None:
+            pass
+        return self.responses[-1].completed
+
+
+class Client:
+    """A router's view of the worker."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._worker = worker_pb2_grpc.WorkerStub(channel)
+        self.health = health_pb2_grpc.HealthStub(channel)
+
+    def prefill(
+        self,
+        receiver: PushReceiver,
+        token_ids: list[int],
+        *,
+        token_start: int = 0,
+        ticket: bytes = b"",
+        address: str = "",
+        epoch: int = 1,
+        deadline: float = 60.0,
+    ) -> Call:
+        name = f"request-{next(_names)}"
+        context = common_pb2.RequestContext(request_id=name, epoch=epoch, deadline=deadline_in(deadline))
+        request = prefill_pb2.PrefillRequest(
+            context=context,
+            token_ids=token_ids,
+            ticket=ticket or name.encode().ljust(16, b"."),
+            decode_address=address or receiver.address,
+            token_start=token_start,
+        )
+        return Call(self._channel, request)
+
+    async def describe(self) -> worker_pb2.WorkerInfo:
+        return (await self._worker.Describe(worker_pb2.DescribeRequest())).worker
+
+    async def drain(self) -> worker_pb2.DrainResponse:
+        return await self._worker.Drain(worker_pb2.DrainRequest())
+
+    async def loads(self) -> AsyncIterator[worker_pb2.WorkerLoad]:
+        call = self._worker.WatchLoad(worker_pb2.WatchLoadRequest())
+        try:
+            async for response in call:
+                yield response.load
+        finally:
+            call.cancel()
+
+    async def wait_load(self, *, running: int, waiting: int = 0) -> worker_pb2.WorkerLoad:
+        async with asyncio.timeout(20), contextlib.aclosing(self.loads()) as loads:
+            async for load in loads:
+                if (load.running, load.waiting) == (running, waiting):
+                    return load
+        raise AssertionError("the stream of loads ended")
+
+    async def idle(self) -> None:
+        """Every request's share of the load is back."""
+        assert (await self.wait_load(running=0)).queued_tokens == 0
+
+
+async def test_every_byte_arrives_and_decodes_to_what_the_reference_computes(
+    client: Client, receiver: PushReceiver, checkpoint: Path
+) -> None:
+    ids = prompt(416)
+    call = client.prefill(receiver, ids, epoch=3)
+    assert (await call.accepted()).instance.startswith("prefill-")
+    completed = await call.completed()
+    (stream,) = receiver.streams
+    assert stream.committed
+    assert stream.epoch == 3
+    assert stream.plan.manifest.model_fingerprint == fingerprint(checkpoint)
+    assert stream.plan.manifest.producer.instance == call.responses[0].accepted.instance
+    codec = quant.codec("tt_bfp8_b")
+    for layer, roles in enumerate(reference_packed_kv(checkpoint, "tt_bfp8", ids)):
+        for role, packed in zip(ROLES, roles, strict=True):
+            expected = codec.decode(packed).numpy()
+            np.testing.assert_array_equal(stream.decoded(layer, role), expected)
+    assert completed.computed_tokens == 416
+    assert completed.payload_bytes == stream.plan.payload_bytes
+    assert completed.compute_seconds > 0
+    assert completed.exposed_transfer_seconds > 0
+    progress = [response.progress.computed_tokens for response in call.responses if response.HasField("progress")]
+    assert progress == [64, 128, 192, 256, 320, 384, 416]
+
+
+async def test_a_layer_has_left_before_the_one_after_the_next_is_computed(
+    client: Client, receiver: PushReceiver, worker: Worker
+) -> None:
+    call = client.prefill(receiver, prompt(256))
+    await call.completed()
+    events = worker.recorded(call.request.context.request_id)
+    assert [(event["chunk_start"], event["layer"]) for event in events] == [
+        (start, layer) for start in range(0, 256, CHUNK) for layer in range(LAYERS)
+    ]
+    for event, after_next in itertools.pairwise(events[::2]):
+        assert event["left_ns"] < after_next["compute_started_ns"]
+    for event, after_next in itertools.pairwise(events[1::2]):
+        assert event["left_ns"] < after_next["compute_started_ns"]
+    for event in events:
+        assert event["compute_started_ns"] < event["compute_finished_ns"] < event["left_ns"]
+
+
+async def test_tokens_that_decode_holds_do_not_travel(client: Client, receiver: PushReceiver) -> None:
+    whole = client.prefill(receiver, prompt(160))
+    await whole.completed()
+    rest = client.prefill(receiver, prompt(160), token_start=96)
+    completed = await rest.completed()
+    first, second = receiver.streams
+    assert (second.plan.token_start, second.plan.token_count) == (96, 64)
+    assert completed.computed_tokens == 160
+    for key, packed in second.packed.items():
+        np.testing.assert_array_equal(packed, first.packed[key][:, 3:])
+
+
+async def test_a_slow_decode_stalls_its_own_request_alone(
+    client: Client, receiver: PushReceiver, worker: Worker
+) -> None:
+    slow = Behaviour(window=LAYER_BYTES, stall_at=1)
+    receiver.by_ticket[b"slow............"] = slow
+    stalled = client.prefill(receiver, prompt(512), ticket=b"slow............")
+    await stalled.accepted()
+    await receiver.stream(b"slow............", blocks=1)
+    other = client.prefill(receiver, prompt(512, seed=6))
+    await other.completed()
+    # Parked: the layer being sent, and those that may be computed ahead of it.
+    assert len(worker.recorded(stalled.request.context.request_id)) <= 1
+    assert (await client.wait_load(running=1)).queued_tokens == 512
+    slow.resume.set()
+    assert (await stalled.completed()).computed_tokens == 512
+
+
+async def test_cancelling_stops_the_computation_within_a_layer(
+    client: Client, receiver: PushReceiver, worker: Worker
+) -> None:
+    call = client.prefill(receiver, prompt(WINDOW))
+    await call.accepted()
+    response = await call.read()
+    assert response is not None
+    call.call.cancel()
+    await client.idle()
+    async with asyncio.timeout(10):
+        await receiver.streams[0].ended.wait()
+    left = len(worker.recorded(call.request.context.request_id))
+    assert left < WINDOW // CHUNK * LAYERS
+    # The engine has gone on to others: they complete, and nothing of the cancelled one is recorded any more.
+    await client.prefill(receiver, prompt(64)).completed()
+    assert len(worker.recorded(call.request.context.request_id)) == left
+    assert not receiver.streams[0].committed
+
+
+async def test_decode_failures_reach_the_caller_as_what_they_are(client: Client, receiver: PushReceiver) -> None:
+    receiver.behaviour = Behaviour(refusal=NotFound("no such ticket", field="ticket"))
+    with pytest.raises(NotFound, match=r"decode at .*: no such ticket"):
+        await client.prefill(receiver, prompt(128)).completed()
+    receiver.behaviour = Behaviour(hang_up_at=3)
+    with pytest.raises(Unavailable, match="decode at"):
+        await client.prefill(receiver, prompt(128)).completed()
+    await receiver.kill()
+    with pytest.raises(Unavailable, match="decode at"):
+        await client.prefill(receiver, prompt(128)).completed()
+    async with PushReceiver() as healthy:
+        assert (await client.prefill(healthy, prompt(128)).completed()).computed_tokens == 128
+
+
+async def test_no_request_outlives_its_deadline(client: Client, receiver: PushReceiver) -> None:
+    receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await client.prefill(receiver, prompt(256), deadline=0.5).completed()
+    assert time.monotonic() - started < 5
+    with pytest.raises(DeadlineExceeded, match="before the request arrived"):
+        await client.prefill(receiver, prompt(256), deadline=-1).completed()
+
+
+async def test_a_full_worker_refuses_at_once_and_says_when_to_come_back(client: Client, receiver: PushReceiver) -> None:
+    receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
+    calls = [client.prefill(receiver, prompt(128)) for _ in range(MAX_RUNNING + MAX_WAITING)]
+    for call in calls:
+        await call.accepted()
+    await client.wait_load(running=MAX_RUNNING, waiting=MAX_WAITING)
+    with pytest.raises(ResourceExhausted) as caught:
+        await client.prefill(receiver, prompt(128)).accepted()
+    assert caught.value.retry_after is not None
+    assert caught.value.retry_after > 0
+    receiver.behaviour.resume.set()
+    await asyncio.gather(*(call.completed() for call in calls))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "name"),
+    [
+        ({"token_ids": []}, InvalidArgument, "token_ids"),
+        ({"token_ids": [1] * 33}, InvalidArgument, "token_ids"),
+        ({"token_ids": [VOCAB] * 32}, InvalidArgument, "token_ids"),
+        ({"token_ids": [2**32 - 1] * 32}, InvalidArgument, "token_ids"),
+        ({"token_ids": [1] * (WINDOW + 32)}, ContextLengthExceeded, "token_ids"),
+        ({"token_start": 16}, InvalidArgument, "token_start"),
+        ({"token_start": 64}, InvalidArgument, "token_start"),
+        ({"ticket": b"short"}, InvalidArgument, "ticket"),
+        ({"epoch": 0}, InvalidArgument, "context.epoch"),
+        ({"address": "nowhere"}, InvalidArgument, "decode_address"),
+        ({"address": "host:99999"}, InvalidArgument, "decode_address"),
+    ],
+)
+async def test_a_wrong_request_is_refused_with_its_field(
+    client: Client, receiver: PushReceiver, changes: dict[str, object], kind: type[HmaError], name: str
+) -> None:
+    arguments: dict[str, object] = {"token_ids": [1] * 64} | changes
+    with pytest.raises(kind) as caught:
+        await client.prefill(receiver, **arguments).accepted()  # type: ignore[arg-type]
+    assert type(caught.value) is kind
+    assert caught.value.field == name
+    assert not receiver.streams
+
+
+async def test_it_says_who_it_is_and_that_it_is_ready(client: Client, worker: Worker, checkpoint: Path) -> None:
+    info = await client.describe()
+    assert info.role == worker_pb2.WORKER_ROLE_PREFILL
+    assert info.state == worker_pb2.WORKER_STATE_READY
+    assert (info.profile, info.address, info.http_address) == ("tt_bfp8", worker.address, worker.http)
+    assert info.model.fingerprint == fingerprint(checkpoint)
+    assert [codec.id for codec in info.codecs] == [3, 3]
+    assert (info.limits.max_model_len, info.limits.max_running, info.limits.max_waiting) == (
+        WINDOW,
+        MAX_RUNNING,
+        MAX_WAITING,
+    )
+    async with httpx.AsyncClient(base_url=f"http://{worker.http}") as http:
+        assert (await http.get("/ready")).status_code == 200
+        assert "hma_prefill_tokens_total" in (await http.get("/metrics")).text
+
+
+async def test_sigterm_finishes_what_runs_and_refuses_what_comes(
+    checkpoint: Path, tmp_path: Path, receiver: PushReceiver
+) -> None:
+    with running_worker(checkpoint, tmp_path / "events", "--profile", "f32") as worker:
+        engine = worker.engine_pid
+        async with connected(worker) as client:
+            receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
+            call = client.prefill(receiver, prompt(128))
+            await call.accepted()
+            ticket = call.request.ticket
+            await receiver.stream(ticket, blocks=1)
+            worker.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10), contextlib.aclosing(client.loads()) as loads:
+                async for load in loads:
+                    if load.state == worker_pb2.WORKER_STATE_DRAINING:
+                        break
+            with pytest.raises(Unavailable, match="draining"):
+                await client.prefill(receiver, prompt(128)).accepted()
+            assert (await client.describe()).state == worker_pb2.WORKER_STATE_DRAINING
+            status = await client.health.Check(health_pb2.HealthCheckRequest(service="hma_serve.v1.Prefill"))
+            assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            async with httpx.AsyncClient(base_url=f"http://{worker.http}") as http:
+                assert (await http.get("/live")).status_code == 200
+                assert (await http.get("/ready")).status_code == 503
+            receiver.behaviour.resume.set()
+            assert (await call.completed()).computed_tokens == 128
+        assert await asyncio.to_thread(worker.process.wait, 20) == 0
+        assert not alive(engine)
+
+
+async def test_a_dead_engine_ends_every_request_and_the_process(
+    checkpoint: Path, tmp_path: Path, receiver: PushReceiver
+) -> None:
+    with running_worker(checkpoint, tmp_path / "events") as worker:
+        async with connected(worker) as client:
+            receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
+            call = client.prefill(receiver, prompt(512))
+            await call.accepted()
+            await receiver.stream(call.request.ticket, blocks=1)
+            os.kill(worker.engine_pid, signal.SIGKILL)
+            with pytest.raises(Unavailable, match="engine is gone"):
+                await call.completed()
+        assert await asyncio.to_thread(worker.process.wait, 20) == 1
+        assert any("engine is gone" in line for line in worker.lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "/no/such/model"], "no checkpoint directory"),
+        (["--chunk-tokens", "33"], "--chunk-tokens must be a positive multiple of 32"),
+        (["--etcd", "file:/tmp/fleet.json"], "static file"),
+        (["--device", "abacus"], "unknown accelerator 'abacus'"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why(checkpoint: Path, arguments: list[str], sentence: str) -> None:
+    command = [sys.executable, "-m", "hma_serve.cli.main", "prefill", "--model", str(checkpoint), "--etcd", "none"]
+    command += ["--listen", "127.0.0.1:0", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert sentence in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_front_does_not_load_torch() -> None:
+    code = "import sys, hma_serve.prefill.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
