@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -84,6 +84,7 @@ def test_bfp8_decodes_every_code_at_every_exponent() -> None:
     assert np.array_equal(face, face.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(np.float32, (1, 32, 32), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
     st.sampled_from([KV_ROUNDING_NEAREST_EVEN, KV_ROUNDING_NEAREST_AWAY]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hma_serve import kvblock
@@ -42,6 +42,7 @@ headers = st.one_of(
 payloads = st.one_of(st.binary(max_size=300), st.integers(0, 40_000).map(bytes))
 
 
+@settings(deadline=None)
 @given(headers, payloads)
 def test_frames_are_the_generated_codes_bytes_and_back(header: PushHeader, payload: bytes) -> None:
     frame = kvblock.encode_frame(header, payload)
@@ -52,6 +53,7 @@ def test_frames_are_the_generated_codes_bytes_and_back(header: PushHeader, paylo
         assert bytes(view) == payload
 
 
+@settings(deadline=None)
 @given(headers, st.binary(max_size=100))
 def test_payloads_are_not_copied_on_the_way_in(header: PushHeader, payload: bytes) -> None:
     frame = kvblock.encode_frame(header, payload)
@@ -60,6 +62,7 @@ def test_payloads_are_not_copied_on_the_way_in(header: PushHeader, payload: byte
     assert view.nbytes == len(payload)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.data())
 def test_strided_arrays_are_written_as_their_copy(heads: int, groups: int, size: int, data: st.DataObject) -> None:
     whole = np.arange(heads * groups * size, dtype=np.uint8).reshape(heads, groups, size)
@@ -80,6 +83,7 @@ fragments = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(fragments, max_size=4).map(b"".join))
 @example(b"")
 @example(b"\x0a")

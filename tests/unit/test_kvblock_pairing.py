@@ -51,12 +51,19 @@ def test_a_matching_pair_is_accepted() -> None:
         ({"rope": KvRope(pairing=ROPE.pairing, theta=float("nan"))}, "rope.theta"),
         ({"rope": KvRope(pairing=ROPE.pairing, theta=1e6, scaling_hash="s")}, "rope.scaling_hash"),
         ({"rope": KvRope()}, "rope.pairing"),
+        ({"rope": KvRope(pairing=7)}, "rope.pairing"),  # type: ignore[arg-type]
     ],
 )
 def test_offers_that_differ_are_refused_by_name(fields: dict[str, object], field: str) -> None:
     with pytest.raises(errors.Incompatible) as refused:
         kvblock.check_offer(offer(**fields), ACCEPTS)
     assert refused.value.field == field
+
+
+def test_errors_repeat_only_the_beginning_of_what_a_peer_sent() -> None:
+    with pytest.raises(errors.Incompatible) as refused:
+        kvblock.check_offer(offer(model_fingerprint="f" * 100_000), ACCEPTS)
+    assert len(refused.value.message) < 300
 
 
 def test_unset_and_unknown_codecs_in_an_offer_are_refused_by_name() -> None:

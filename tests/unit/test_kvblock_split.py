@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hma_serve import kvblock
 from hma_serve.kvblock import split_blocks
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 5000), st.integers(1, 100_000))
 def test_parts_cover_each_unit_once_and_fit(heads: int, groups: int, group_bytes: int, max_payload: int) -> None:
     seen = np.zeros((heads, groups), dtype=int)

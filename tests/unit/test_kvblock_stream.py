@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hma_serve import kvblock
@@ -50,6 +50,7 @@ def test_a_whole_stream_arrives(codec: str, max_payload: int) -> None:
     assert lasts == [False] * (len(frames) - 1) + [True]
 
 
+@settings(deadline=None)
 @given(st.permutations([(head, third) for head in range(2) for third in range(3)]))
 def test_heads_of_two_producers_and_tokens_of_three_arrive_in_any_order(order: list[tuple[int, int]]) -> None:
     manifest = small_manifest(token_count=192)

@@ -155,6 +155,21 @@ def test_what_is_not_finite_becomes_codes_that_readers_refuse() -> None:
         assert decoded.isnan().sum() == 16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away"])
+def test_cuda_gives_the_same_bits(kind: str, rounding: quant.Rounding) -> None:
+    codec = quant.codec("tt_bfp8_b")
+    values = torch.from_numpy(hard_values(kind))
+    packed = codec.encode(values, rounding)
+    assert torch.equal(codec.encode(values.cuda(), rounding).cpu(), packed)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(codec.decode(packed.cuda(), dtype).cpu(), codec.decode(packed, dtype))
+    fake = quant.fake_quantize_bfp8(values.cuda(), rounding=rounding)
+    assert torch.equal(fake.cpu(), quant.fake_quantize_bfp8(values, rounding=rounding))
+
+
 def test_wrong_arguments_are_refused() -> None:
     bfp8, f32 = quant.codec("tt_bfp8_b"), quant.codec("f32")
     with pytest.raises(ValueError, match="no codec"):

@@ -7,7 +7,7 @@ opens. The first difference is reported by name, in the words of the field that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hma_serve.kvblock.codecs import codec_for
 from hma_serve.kvblock.errors import Incompatible
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from hma_serve.kvblock.manifest import StreamPlan
     from hma_serve.v1.decode_pb2 import KvOffer
     from hma_serve.v1.kv_block_pb2 import KvCodecSpec
+
+
+_SHOWN: Final = 80
+"""Characters of a peer's value that an error repeats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +106,16 @@ def _check_codec(field: str, spec: KvCodecSpec, accepts: Acceptance) -> None:
 
 def _check_rope(offered: KvRope, wanted: KvRope | None) -> None:
     wanted = wanted or KvRope()
-    _same("rope.pairing", KvRopePairing.Name(offered.pairing), KvRopePairing.Name(wanted.pairing))
+    _same("rope.pairing", _pairing_name(offered.pairing), _pairing_name(wanted.pairing))
     _same("rope.theta", offered.theta, wanted.theta)
     _same("rope.scaling_hash", offered.scaling_hash, wanted.scaling_hash)
 
 
+def _pairing_name(pairing: KvRopePairing.ValueType) -> str:
+    return KvRopePairing.Name(pairing) if pairing in KvRopePairing.values() else str(pairing)
+
+
 def _same(field: str, offered: object, wanted: object, where: str = "") -> None:
     if offered != wanted:
-        raise Incompatible(f"the producer has {offered!r}, the receiver {wanted!r} {where}".rstrip(), field=field)
+        shown = repr(offered)[:_SHOWN]
+        raise Incompatible(f"the producer has {shown}, the receiver {wanted!r} {where}".rstrip(), field=field)
