@@ -127,3 +127,56 @@ def prefill_metrics(registry: CollectorRegistry = REGISTRY) -> PrefillMetrics:
         queued_tokens=gauge("queued_tokens", "Tokens waiting or being computed."),
         registered=gauge("registered", "1 while routers can find this worker, else 0."),
     )
+
+
+# Decode. --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMetrics:
+    """What a decode worker counts."""
+
+    requests: Counter
+    tokens: Counter
+    wait_seconds: Histogram
+    kv_received_bytes: Counter
+    pushes_refused: Counter
+    running: Gauge
+    waiting: Gauge
+    kv_used_tokens: Gauge
+    kv_capacity_tokens: Gauge
+    step_seconds: Gauge
+    steps: Gauge
+    registered: Gauge
+
+
+def decode_metrics(registry: CollectorRegistry = REGISTRY) -> DecodeMetrics:
+    """Creates decode's metrics; once per registry."""
+
+    def counter(name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"hma_decode_{name}", text, labels, registry=registry)
+
+    def gauge(name: str, text: str) -> Gauge:
+        return Gauge(f"hma_decode_{name}", text, registry=registry)
+
+    return DecodeMetrics(
+        requests=counter("requests_total", "Streams ended, by outcome: ok, cancelled or the error's code.", "outcome"),
+        tokens=counter("tokens_total", "Tokens sampled and handed to their streams."),
+        wait_seconds=Histogram(
+            "hma_decode_wait_seconds",
+            "From the ticket until the prompt's KV was complete and a step had run.",
+            registry=registry,
+            buckets=_PHASE_BUCKETS,
+        ),
+        kv_received_bytes=counter("kv_received_bytes_total", "Payload bytes of KV that broke no rule."),
+        pushes_refused=counter(
+            "pushes_refused_total", "KV streams refused, by the broken rule or the error's code.", "rule"
+        ),
+        running=gauge("running_requests", "Requests in the batch."),
+        waiting=gauge("waiting_requests", "Requests that hold pages and wait for their KV."),
+        kv_used_tokens=gauge("kv_used_tokens", "Held KV memory, in unquantised tokens."),
+        kv_capacity_tokens=gauge("kv_capacity_tokens", "KV memory, in unquantised tokens."),
+        step_seconds=gauge("step_seconds", "Running mean of a step's duration."),
+        steps=gauge("steps", "Steps since the start."),
+        registered=gauge("registered", "1 while routers can find this worker, else 0."),
+    )

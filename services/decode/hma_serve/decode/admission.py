@@ -1,0 +1,117 @@
+"""What the front refuses before the engine hears of it: requests that no amount of waiting makes right."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from hma_serve.core.errors import (
+    ERRORS,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    HmaError,
+    InvalidArgument,
+)
+from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.internal.v1 import decode_engine_pb2
+from hma_serve.kvblock import Acceptance, KvFormatError, check_offer, codec_for
+from hma_serve.rpc import remaining
+from hma_serve.v1 import decode_pb2
+
+
+def typed(error: KvFormatError) -> HmaError:
+    """The product's error for a broken rule of the KV format."""
+    return ERRORS[error.code](error.message, field=error.field)
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Turns requests into the engine's terms.
+
+    Attributes:
+        max_model_len: Prompt plus completion, tokens.
+        vocab: Tokens there are.
+        acceptance: What packed KV must match.
+    """
+
+    max_model_len: int
+    vocab: int
+    acceptance: Acceptance
+
+    def check(self, request: decode_pb2.DecodeGenerateRequest) -> decode_engine_pb2.DecodeAdmit:
+        """The engine's form of a request; the stream's number is left to the client of the engine.
+
+        Raises:
+            HmaError: Why it can never run here; names the field.
+        """
+        seconds = remaining(request.context)
+        if seconds is not None and seconds <= 0:
+            raise DeadlineExceeded("the request's deadline has passed already", field="context.deadline")
+        self._check_tokens(request)
+        max_tokens = self._max_tokens(request)
+        sampling = SamplingParams.from_proto(request.sampling)
+        for token in sampling.logit_bias:
+            self._check_token(token, "sampling.logit_bias")
+        admit = decode_engine_pb2.DecodeAdmit(
+            epoch=request.context.epoch,
+            prompt_token_ids=request.prompt_token_ids,
+            emitted_token_ids=request.emitted_token_ids,
+            packed_tokens=request.packed_tokens,
+            sampling=request.sampling,
+            stop=request.stop,
+            deadline_ns=0 if seconds is None else time.monotonic_ns() + int(seconds * 1e9),
+        )
+        admit.stop.max_tokens = max_tokens
+        if request.packed_tokens:
+            admit.k_codec, admit.v_codec = self._codecs(request)
+        return admit
+
+    def _check_tokens(self, request: decode_pb2.DecodeGenerateRequest) -> None:
+        prompt, packed = len(request.prompt_token_ids), request.packed_tokens
+        if not prompt:
+            raise InvalidArgument("the prompt is empty", field="prompt_token_ids")
+        for field, tokens in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("emitted_token_ids", request.emitted_token_ids),
+        ):
+            if tokens:
+                self._check_token(max(tokens), field)
+        if packed % GROUP_TOKENS or packed >= prompt:
+            raise InvalidArgument(
+                f"packed_tokens must be whole groups of {GROUP_TOKENS} and leave a token of the prompt of {prompt}, "
+                f"not {packed}",
+                field="packed_tokens",
+            )
+
+    def _check_token(self, token: int, field: str) -> None:
+        if token >= self.vocab:
+            raise InvalidArgument(f"token {token} is not in the vocabulary of {self.vocab}", field=field)
+
+    def _max_tokens(self, request: decode_pb2.DecodeGenerateRequest) -> int:
+        """The length of the output at most, what was emitted before included."""
+        stop = StopConditions.from_proto(request.stop)
+        room = self.max_model_len - len(request.prompt_token_ids)
+        wanted = 1 if stop.max_tokens is None else stop.max_tokens
+        if wanted > room:
+            raise ContextLengthExceeded(
+                f"a prompt of {len(request.prompt_token_ids)} tokens and {wanted} more do not fit the window of "
+                f"{self.max_model_len}",
+                field="prompt_token_ids",
+            )
+        max_tokens = room if stop.max_tokens is None else stop.max_tokens
+        if len(request.emitted_token_ids) >= max_tokens:
+            raise InvalidArgument(
+                f"{len(request.emitted_token_ids)} tokens were emitted before: nothing of max_tokens is left",
+                field="emitted_token_ids",
+            )
+        return max_tokens
+
+    def _codecs(self, request: decode_pb2.DecodeGenerateRequest) -> tuple[str, str]:
+        if not request.HasField("offer"):
+            raise InvalidArgument("packed_tokens needs an offer", field="offer")
+        try:
+            check_offer(request.offer, self.acceptance)
+            return codec_for(request.offer.k_codec).name, codec_for(request.offer.v_codec).name
+        except KvFormatError as exc:
+            raise typed(exc) from exc

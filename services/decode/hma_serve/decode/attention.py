@@ -1,0 +1,285 @@
+"""Attention over mixed pages, on any device that torch knows: the reference that every faster kernel is held to.
+
+A sequence's tokens are, in order, *packed* groups (the codec's own bytes, read here and never kept decoded) and *plain*
+pages (tokens that decode computed). One step mixes sequences that bring one query token with sequences that bring
+several; the former are computed together whatever their lengths are, because on a CPU a step's cost is mostly the
+number of operations.
+
+How: the softmax needs all scores of a row, which are few, but never all keys or values. So pages are read in blocks
+that fit a cache, once for the scores and once for the values, and every page of every sequence is one small matrix
+product in a batch. Rows of different lengths meet only in the scores, where what is missing is minus infinity.
+
+All arithmetic after reading is float32. Memory: the scores of one layer, and one block of decoded pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+
+from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.decode.pages import PagePool, Reservation
+from hma_serve.model import Attention
+from hma_serve.quant import codec
+
+BLOCK_BYTES = 1 << 20
+"""Decoded bytes of keys (or values) that are in hand at once; about half of a core's second-level cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """One sequence's share of a step: the tokens whose KV is computed, in order.
+
+    Attributes:
+        pages: Where its KV lies; the packed part is complete.
+        start: Position of the first query token in the sequence, at or after the packed part.
+        count: Query tokens.
+    """
+
+    pages: Reservation
+    start: int
+    count: int
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens before the plain pages."""
+        return self.pages.need.packed_groups * GROUP_TOKENS
+
+    @property
+    def plain_start(self) -> int:
+        """Index of the first query token among the plain tokens."""
+        return self.start - self.packed_tokens
+
+    @property
+    def plain_groups(self) -> int:
+        """Plain pages that hold something once the queries' own KV is written."""
+        return -(-(self.plain_start + self.count) // GROUP_TOKENS)
+
+
+class PagedAttention(Protocol):
+    """What the step runner needs of an attention over pages: one plan per step, called once per layer."""
+
+    def plan(self, spans: Sequence[Span]) -> Attention:
+        """Prepares a step.
+
+        Args:
+            spans: In the order of the step's tokens; their pages must not change hands before the step is over.
+
+        Returns:
+            The model's attention for this step: writes K and V of the step's tokens into their plain pages, then
+            attends each token to all tokens of its sequence up to itself.
+        """
+        ...
+
+
+class TorchPagedAttention:
+    """`PagedAttention` in plain torch operations.
+
+    Args:
+        pool: The pages.
+        heads: Query heads of the model.
+    """
+
+    def __init__(self, pool: PagePool, heads: int) -> None:
+        self._pool = pool
+        geometry = pool.geometry
+        self._kv_heads = geometry.kv_heads
+        self._head_dim = geometry.head_dim
+        self._group = heads // geometry.kv_heads
+        decoded = geometry.kv_heads * GROUP_TOKENS * geometry.head_dim * 4
+        self._block_pages = max(1, BLOCK_BYTES // decoded)
+        self._tables: dict[tuple[Reservation, ...], _Tables] = {}
+
+    def plan(self, spans: Sequence[Span]) -> Attention:
+        """See `PagedAttention`."""
+        groups, row = [], 0
+        for single, members in groupby(spans, key=lambda span: span.count == 1):
+            for batch in [list(members)] if single else [[span] for span in members]:
+                groups.append(_Group(row, batch, self._tables_of(batch)))
+                row += sum(span.count for span in batch)
+        self._forget(groups)
+        return _Step(self._pool, groups, _write_addresses(spans), self._group)
+
+    def _tables_of(self, batch: list[Span]) -> _Tables:
+        """Page tables change once in 32 steps, so those of the last step are kept."""
+        known = self._tables.get(tuple(span.pages for span in batch))
+        sizes = [span.plain_groups for span in batch]
+        if known is not None and known.plain_groups == sizes:
+            return known
+        return _Tables(batch, self._pool.plain_format, self._block_pages)
+
+    def _forget(self, groups: list[_Group]) -> None:
+        self._tables = {tuple(span.pages for span in group.spans): group.tables for group in groups}
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Pages of one kind that are read together.
+
+    Attributes:
+        k_format: None: plain pages.
+        v_format: The same for values.
+        k_pages: int64 [n].
+        v_pages: int64 [n].
+        owner: int64 [n], the row of the group that each page belongs to.
+        slot: int64 [n], its place among that row's pages.
+        plain_starts: int64 [n, 1], index of each page's first token among its row's plain tokens; None if packed.
+    """
+
+    k_format: str | None
+    v_format: str | None
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    owner: torch.Tensor
+    slot: torch.Tensor
+    plain_starts: torch.Tensor | None
+
+
+class _Tables:
+    """Which pages a batch of sequences reads, in blocks."""
+
+    def __init__(self, batch: list[Span], plain_format: str, block_pages: int) -> None:
+        self.plain_groups = [span.plain_groups for span in batch]
+        self.slots = max(span.pages.need.packed_groups + span.plain_groups for span in batch)
+        self.blocks: list[_Block] = []
+        packed: dict[tuple[str, str], list[int]] = {}
+        for row, span in enumerate(batch):
+            need = span.pages.need
+            if need.packed_groups:
+                packed.setdefault((need.k_format, need.v_format), []).append(row)
+        for (k_format, v_format), rows in packed.items():
+            counts = [batch[row].pages.need.packed_groups for row in rows]
+            k_pages = torch.cat([batch[row].pages.packed_k for row in rows])
+            v_pages = torch.cat([batch[row].pages.packed_v for row in rows])
+            owner, slot = _owners(rows, counts)
+            for part in _parts(len(owner), block_pages):
+                block = _Block(k_format, v_format, k_pages[part], v_pages[part], owner[part], slot[part], None)
+                self.blocks.append(block)
+        k_pages = torch.cat([span.pages.plain_k[: span.plain_groups] for span in batch])
+        v_pages = torch.cat([span.pages.plain_v[: span.plain_groups] for span in batch])
+        owner, group = _owners(range(len(batch)), self.plain_groups)
+        slot = group + torch.tensor([span.pages.need.packed_groups for span in batch])[owner]
+        starts = (group * GROUP_TOKENS).unsqueeze(1)
+        for part in _parts(len(owner), block_pages):
+            self.blocks.append(_Block(None, None, k_pages[part], v_pages[part], owner[part], slot[part], starts[part]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Sequences with the same number of query tokens, computed together.
+
+    Attributes:
+        row: First of the step's tokens.
+        spans: The sequences.
+        tables: Their pages.
+    """
+
+    row: int
+    spans: list[Span]
+    tables: _Tables
+
+    @property
+    def queries(self) -> int:
+        """Query tokens of each sequence."""
+        return self.spans[0].count
+
+
+class _Step:
+    """One step's attention; see `PagedAttention.plan`."""
+
+    def __init__(self, pool: PagePool, groups: list[_Group], addresses: _Addresses, group_size: int) -> None:
+        self._pool = pool
+        self._addresses = addresses
+        self._group_size = group_size
+        self._work = [(group, [_hidden(block, group) for block in group.tables.blocks]) for group in groups]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor:
+        plain, addresses = self._pool.plain(layer), self._addresses
+        plain[addresses.k_pages, :, addresses.offsets] = k
+        plain[addresses.v_pages, :, addresses.offsets] = v
+        outputs = []
+        scaled = q.float() * q.shape[-1] ** -0.5
+        for group, hidden in self._work:
+            tokens = len(group.spans) * group.queries
+            outputs.append(self._attend(layer, scaled[group.row : group.row + tokens], group, hidden))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(q.dtype)
+
+    def _attend(self, layer: int, q: torch.Tensor, group: _Group, hidden: list[torch.Tensor | None]) -> torch.Tensor:
+        """Attends one group; `q` is float32 [rows * queries, heads, head_dim], scaled, as is the result."""
+        rows, queries, size, slots = len(group.spans), group.queries, self._group_size, group.tables.slots
+        kv_heads, head_dim = q.shape[1] // size, q.shape[2]
+        # Queries that share a KV head become the rows of one matrix.
+        q = q.view(rows, queries, kv_heads, size, head_dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(rows, kv_heads, size * queries, head_dim)
+        scores = q.new_full((rows, kv_heads, size * queries, slots, GROUP_TOKENS), -torch.inf)
+        for block, mask in zip(group.tables.blocks, hidden, strict=True):
+            keys = self._read(layer, block.k_format, block.k_pages)
+            mine = q.index_select(0, block.owner) if rows > 1 else q.expand(len(keys), -1, -1, -1)
+            part = torch.matmul(mine, keys.transpose(2, 3))
+            if mask is not None:
+                part.view(len(keys), kv_heads, size, queries, GROUP_TOKENS).masked_fill_(mask, -torch.inf)
+            scores[block.owner, :, :, block.slot] = part
+        weights = scores.flatten(3).softmax(-1).view_as(scores)
+        out = torch.zeros_like(q)
+        for block in group.tables.blocks:
+            values = self._read(layer, block.v_format, block.v_pages)
+            part = torch.matmul(weights[block.owner, :, :, block.slot], values)
+            if rows > 1:
+                out.index_add_(0, block.owner, part)
+            else:
+                out += part.sum(0)
+        return out.view(rows, kv_heads, size, queries, head_dim).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+    def _read(self, layer: int, page_format: str | None, pages: torch.Tensor) -> torch.Tensor:
+        """float32 [n, kv_heads, 32, head_dim]."""
+        if page_format is None:
+            return self._pool.plain(layer).index_select(0, pages).float()
+        packed = self._pool.packed(page_format, layer).index_select(0, pages)
+        return codec(page_format).decode(packed.unsqueeze(2))
+
+
+@dataclass(frozen=True, slots=True)
+class _Addresses:
+    """Where the step's tokens' own KV goes: int64 [tokens] each."""
+
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    offsets: torch.Tensor
+
+
+def _write_addresses(spans: Sequence[Span]) -> _Addresses:
+    positions = torch.cat([torch.arange(span.plain_start, span.plain_start + span.count) for span in spans])
+    counts = torch.tensor([span.count for span in spans])
+    groups = positions // GROUP_TOKENS
+    tables = [(span.pages.plain_k[: span.plain_groups], span.pages.plain_v[: span.plain_groups]) for span in spans]
+    sizes = torch.tensor([span.plain_groups for span in spans])
+    places = (sizes.cumsum(0) - sizes).repeat_interleave(counts) + groups
+    k_pages = torch.cat([table[0] for table in tables])[places]
+    v_pages = torch.cat([table[1] for table in tables])[places]
+    return _Addresses(k_pages, v_pages, positions % GROUP_TOKENS)
+
+
+def _hidden(block: _Block, group: _Group) -> torch.Tensor | None:
+    """Which tokens of plain pages lie after each query, bool [n, 1, 1, queries, 32]. Packed ones never do."""
+    if block.plain_starts is None:
+        return None
+    first = torch.tensor([span.plain_start for span in group.spans])[block.owner]
+    queries = first.unsqueeze(1) + torch.arange(group.queries)
+    tokens = block.plain_starts + torch.arange(GROUP_TOKENS)
+    return (tokens.unsqueeze(1) > queries.unsqueeze(2))[:, None, None]
+
+
+def _owners(rows: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For pages laid row after row: the row of each, and its number within the row."""
+    sizes = torch.tensor(counts)
+    owner = torch.tensor(list(rows)).repeat_interleave(sizes)
+    number = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    return owner, number
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]

@@ -1,0 +1,418 @@
+"""The engine: the one owner of tickets, pages and running sequences, driven by messages and its own steps.
+
+Its life is a loop of four verbs: *receive* what the front asks, *sweep* what has run out, *step* what runs, *send* what
+came of it. Everything happens on one thread, so between two steps nothing is half done: a cancelled stream's pages are
+free before the next step begins, and a step never meets a page that changes hands.
+
+A stream's life: admitted (pages held, ticket issued) -> its KV arrives and is committed -> joins the batch -> finished,
+failed or closed, which all free its pages and its ticket. Nothing is sampled before the commit.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from google.protobuf.message import Message
+
+from hma_serve.core.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    HmaError,
+    ResourceExhausted,
+    Unavailable,
+)
+from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.decode.failures import to_detail
+from hma_serve.decode.pages import Need, PagePool
+from hma_serve.decode.runner import StepRunner
+from hma_serve.decode.sampler import Drawn, sample
+from hma_serve.decode.scheduler import Scheduler, Share
+from hma_serve.decode.sequence import Ending, Sequence
+from hma_serve.decode.tickets import Ticket, TicketTable
+from hma_serve.internal.v1 import decode_engine_pb2 as pb
+from hma_serve.ipc import Arena
+from hma_serve.v1 import common_pb2, decode_pb2, kv_block_pb2
+
+_LOAD_INTERVAL = 0.25
+_SMOOTHING = 0.1
+_RETRY_AFTER = 0.2
+
+_REASONS = {Ending.STOP: common_pb2.FINISH_REASON_STOP, Ending.LENGTH: common_pb2.FINISH_REASON_LENGTH}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine refuses beyond.
+
+    Attributes:
+        max_running: Streams, those that wait for their KV included.
+        eos: Tokens that end a text.
+        vocab: Tokens there are.
+    """
+
+    max_running: int
+    eos: frozenset[int]
+    vocab: int
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One admitted request."""
+
+    sequence: Sequence
+    ticket: Ticket
+    admitted: float
+    landed_units: int = 0
+    joined: bool = False
+    announced: bool = False
+
+
+class Engine:
+    """See the module.
+
+    Args:
+        pool: All pages.
+        runner: Computes steps.
+        tickets: The table; its lease and clock are the engine's.
+        scheduler: Decides steps.
+        limits: What to refuse.
+        arena: Where blocks arrive.
+        emit: Sends events to the front, in order.
+        clock: Monotonic seconds.
+        mint_seed: A seed for requests that bring none.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: PagePool,
+        runner: StepRunner,
+        tickets: TicketTable,
+        scheduler: Scheduler,
+        limits: EngineLimits,
+        arena: Arena,
+        emit: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+        mint_seed: Callable[[], int] = lambda: secrets.randbits(64),
+    ) -> None:
+        self._pool = pool
+        self._runner = runner
+        self._tickets = tickets
+        self._scheduler = scheduler
+        self._limits = limits
+        self._arena = arena
+        self._emit = emit
+        self._clock = clock
+        self._mint_seed = mint_seed
+        self._streams: dict[int, _Stream] = {}
+        self._outbox: list[pb.DecodeEngineEvent] = []
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._reported: tuple[int, ...] = ()
+        self._reported_at = 0.0
+        self._handlers: dict[str, Callable[..., None]] = {
+            "admit": self._admit,
+            "close": self._close,
+            "extend": self._extend,
+            "release": self._release,
+            "attach": self._attach,
+            "block": self._block,
+            "end_push": self._end_push,
+            "detach": self._detach,
+        }
+
+    def turn(self, commands: Iterable[pb.DecodeEngineCommand]) -> float | None:
+        """One round of the loop: takes the commands, sweeps, steps and sends.
+
+        Returns:
+            How long the caller may wait for the next commands: 0 when there is more to compute, None for ever.
+        """
+        for command in commands:
+            self._receive(command)
+        self._sweep()
+        self._step()
+        self._report_load()
+        self._send()
+        if not self._streams:
+            # An idle engine proves that it lost nothing.
+            self._pool.check_integrity()
+        return self._patience()
+
+    # Receive.
+
+    def _receive(self, command: pb.DecodeEngineCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind is not None:
+            self._handlers[kind](getattr(command, kind))
+
+    def _admit(self, admit: pb.DecodeAdmit) -> None:
+        try:
+            stream = self._reserved(admit)
+        except HmaError as exc:
+            self._say(failed=pb.DecodeStreamFailed(stream=admit.stream, error=to_detail(exc)))
+            return
+        self._streams[admit.stream] = stream
+        admitted = pb.DecodeAdmitted(
+            stream=admit.stream, nonce=stream.ticket.nonce, lease_ns=int(self._tickets.lease * 1e9)
+        )
+        self._say(admitted=admitted)
+        if not admit.packed_tokens:
+            self._join(stream)
+
+    def _reserved(self, admit: pb.DecodeAdmit) -> _Stream:
+        """Holds everything that the request will ever need, or refuses."""
+        if len(self._streams) >= self._limits.max_running:
+            raise ResourceExhausted(
+                f"this decode worker runs {len(self._streams)} requests already", retry_after=_RETRY_AFTER
+            )
+        need = Need.of(
+            packed_tokens=admit.packed_tokens,
+            total_tokens=len(admit.prompt_token_ids) + admit.stop.max_tokens,
+            k_format=admit.k_codec,
+            v_format=admit.v_codec,
+        )
+        if not self._pool.fits_when_empty(need):
+            raise FailedPrecondition(
+                "the request needs more KV memory than this decode worker has; raise --kv-capacity-tokens",
+                field="--kv-capacity-tokens",
+            )
+        if not self._pool.can_reserve(need):
+            raise ResourceExhausted("not enough KV memory is free on this decode worker", retry_after=_RETRY_AFTER)
+        sampling = SamplingParams.from_proto(admit.sampling)
+        sequence = Sequence(
+            stream=admit.stream,
+            pages=self._pool.reserve(need),
+            prompt_tokens=len(admit.prompt_token_ids),
+            tokens=[*admit.prompt_token_ids, *admit.emitted_token_ids],
+            computed=admit.packed_tokens,
+            sampling=sampling,
+            seed=self._mint_seed() if sampling.seed is None else sampling.seed,
+            stop=StopConditions.from_proto(admit.stop),
+            eos=self._limits.eos,
+            max_tokens=admit.stop.max_tokens,
+            vocab=self._limits.vocab,
+            deadline=admit.deadline_ns / 1e9 if admit.deadline_ns else None,
+        )
+        ticket = self._tickets.issue(admit.stream, admit.epoch, committed=not admit.packed_tokens)
+        return _Stream(sequence, ticket, self._clock())
+
+    def _close(self, close: pb.DecodeClose) -> None:
+        self._drop(close.stream, None)
+
+    def _extend(self, call: pb.DecodeTicketCall) -> None:
+        answer = pb.DecodeTicketAnswer(call=call.call, lease_ns=int(self._tickets.lease * 1e9))
+        try:
+            self._tickets.renew(self._tickets.find(call.nonce, call.epoch))
+        except HmaError as exc:
+            answer = pb.DecodeTicketAnswer(call=call.call, error=to_detail(exc))
+        self._say(answer=answer)
+
+    def _release(self, call: pb.DecodeTicketCall) -> None:
+        try:
+            ticket = self._tickets.find(call.nonce, call.epoch)
+        except HmaError as exc:
+            self._say(answer=pb.DecodeTicketAnswer(call=call.call, error=to_detail(exc)))
+            return
+        self._fail(ticket.stream, Unavailable("the ticket was released"))
+        self._say(answer=pb.DecodeTicketAnswer(call=call.call))
+
+    def _attach(self, attach: pb.DecodeAttach) -> None:
+        try:
+            ticket = self._tickets.find(attach.nonce, attach.epoch)
+            self._check_attach(self._streams[ticket.stream].sequence.pages.need, attach)
+            self._tickets.attach(ticket, attach.push)
+        except HmaError as exc:
+            self._say(push_failed=pb.DecodePushFailed(push=attach.push, error=to_detail(exc)))
+            return
+        self._streams[ticket.stream].landed_units = 0
+        self._say(attached=pb.DecodeAttached(push=attach.push))
+
+    @staticmethod
+    def _check_attach(need: Need, attach: pb.DecodeAttach) -> None:
+        expected = (0, need.packed_groups * GROUP_TOKENS)
+        if need.packed_groups and (attach.token_start, attach.token_count) != expected:
+            raise FailedPrecondition(
+                f"the stream covers {attach.token_count} tokens from {attach.token_start}, the ticket {expected[1]}",
+                field="manifest.token_count",
+            )
+        if need.packed_groups and (attach.k_codec, attach.v_codec) != (need.k_format, need.v_format):
+            raise FailedPrecondition(
+                f"the stream brings K as {attach.k_codec} and V as {attach.v_codec}; {need.k_format} and "
+                f"{need.v_format} were offered",
+                field="manifest.codecs",
+            )
+
+    def _block(self, block: pb.DecodeBlock) -> None:
+        ticket = self._tickets.attached(block.push)
+        if ticket is not None:
+            self._store(self._streams[ticket.stream], block)
+            self._tickets.renew(ticket)
+        # Blocks of a stream that lost its ticket are dropped; it was told, or has left.
+        self._say(landed=pb.DecodeLanded(push=block.push, slot=block.slot, length=block.length))
+
+    def _store(self, stream: _Stream, block: pb.DecodeBlock) -> None:
+        """From the slot into the pages, byte for byte."""
+        pages, need = stream.sequence.pages, stream.sequence.pages.need
+        keys = block.role == kv_block_pb2.KV_ROLE_K
+        page_format, places = (need.k_format, pages.packed_k) if keys else (need.v_format, pages.packed_v)
+        store = self._pool.packed(page_format, block.layer)
+        data = torch.frombuffer(self._arena.slot(block.slot, block.length), dtype=torch.uint8)
+        units = data.view(block.head_count, block.group_count, store.shape[2])
+        heads = slice(block.head_start, block.head_start + block.head_count)
+        groups = places[block.group_start : block.group_start + block.group_count]
+        store[groups, heads] = units.transpose(0, 1)
+        stream.landed_units += block.head_count * block.group_count
+
+    def _end_push(self, end: pb.DecodeEndPush) -> None:
+        ticket = self._tickets.attached(end.push)
+        if ticket is None:
+            return
+        stream = self._streams[ticket.stream]
+        expected = 2 * stream.sequence.pages.need.packed_groups * self._pool.geometry.kv_heads
+        expected *= self._pool.geometry.layers
+        if stream.landed_units != expected:
+            # The front has checked the same; a hole must not be read even if it was wrong.
+            self._tickets.detach(end.push)
+            error = DataLoss(f"{stream.landed_units} of {expected} page units arrived", field="blocks")
+            self._say(push_failed=pb.DecodePushFailed(push=end.push, error=to_detail(error)))
+            return
+        self._tickets.commit(ticket)
+        self._say(committed=pb.DecodeKvCommitted(push=end.push))
+        self._join(stream)
+
+    def _detach(self, detach: pb.DecodeDetach) -> None:
+        ticket = self._tickets.detach(detach.push)
+        if ticket is not None:
+            self._tickets.renew(ticket)
+
+    def _join(self, stream: _Stream) -> None:
+        stream.joined = True
+        self._scheduler.join(stream.sequence)
+
+    # Sweep.
+
+    def _sweep(self) -> None:
+        for ticket in self._tickets.expired():
+            self._fail(ticket.stream, Unavailable(f"the prompt's KV did not arrive within {self._tickets.lease:g} s"))
+        now = self._clock()
+        late = [number for number, s in self._streams.items() if s.sequence.deadline and s.sequence.deadline <= now]
+        for number in late:
+            self._fail(number, DeadlineExceeded("the request's deadline passed while it was decoded"))
+
+    def _fail(self, number: int, error: HmaError) -> None:
+        if self._drop(number, error):
+            self._say(failed=pb.DecodeStreamFailed(stream=number, error=to_detail(error)))
+
+    def _drop(self, number: int, error: HmaError | None) -> bool:
+        """Frees everything of a stream; whether there was one."""
+        stream = self._streams.pop(number, None)
+        if stream is None:
+            return False
+        self._scheduler.leave(number)
+        push = self._tickets.drop(stream.ticket)
+        self._pool.free(stream.sequence.pages)
+        if push is not None:
+            reason = error or Unavailable("the request was cancelled while its KV was arriving")
+            self._say(push_failed=pb.DecodePushFailed(push=push, error=to_detail(reason)))
+        return True
+
+    # Step.
+
+    def _step(self) -> None:
+        shares = self._scheduler.next_step()
+        if not shares:
+            return
+        began = self._clock()
+        sampling = [share.sequence for share in shares if share.samples]
+        logits = self._runner.run(shares)
+        for share in shares:
+            share.sequence.computed += share.count
+        drawn = sample(logits, [sequence.draw() for sequence in sampling]) if sampling else []
+        outputs = [self._advance(sequence, token) for sequence, token in zip(sampling, drawn, strict=True)]
+        outputs += self._announced(shares)
+        if outputs:
+            self._say(step=pb.DecodeStep(outputs=outputs))
+        self._steps += 1
+        seconds = self._clock() - began
+        self._step_seconds += (seconds - self._step_seconds) * (_SMOOTHING if self._step_seconds else 1.0)
+
+    def _advance(self, sequence: Sequence, drawn: Drawn) -> pb.DecodeStreamOutput:
+        """Takes a sequence's token; ends it if that was the last."""
+        ending = sequence.accept(drawn.token)
+        output = pb.DecodeStreamOutput(stream=sequence.stream)
+        self._announce(self._streams[sequence.stream], output)
+        if ending is not Ending.STOP:
+            output.tokens.token_ids.append(drawn.token)
+            if drawn.logprobs is not None:
+                output.tokens.logprobs.append(_logprobs(drawn))
+        if ending is not None:
+            output.finished.CopyFrom(_finished(sequence, ending))
+            self._drop(sequence.stream, None)
+        return output
+
+    def _announced(self, shares: list[Share]) -> list[pb.DecodeStreamOutput]:
+        """Says of streams whose prompt takes several steps that they have started."""
+        outputs = []
+        for share in shares:
+            stream = self._streams.get(share.sequence.stream)
+            if stream is not None and not stream.announced:
+                outputs.append(pb.DecodeStreamOutput(stream=share.sequence.stream))
+                self._announce(stream, outputs[-1])
+        return outputs
+
+    def _announce(self, stream: _Stream, output: pb.DecodeStreamOutput) -> None:
+        if not stream.announced:
+            stream.announced = True
+            output.started.CopyFrom(decode_pb2.DecodeStarted(wait_seconds=self._clock() - stream.admitted))
+
+    # Send.
+
+    def _say(self, **event: Message | None) -> None:
+        self._outbox.append(pb.DecodeEngineEvent(**event))  # type: ignore[arg-type]
+
+    def _report_load(self) -> None:
+        running = len(self._scheduler)
+        counts = (running, len(self._streams) - running, self._pool.used_tokens)
+        now = self._clock()
+        if counts == self._reported and not (running and now - self._reported_at >= _LOAD_INTERVAL):
+            return
+        self._reported, self._reported_at = counts, now
+        load = pb.DecodeEngineLoad(
+            running=counts[0],
+            waiting=counts[1],
+            kv_used_tokens=counts[2],
+            step_seconds=self._step_seconds,
+            steps=self._steps,
+        )
+        self._say(load=load)
+
+    def _send(self) -> None:
+        if self._outbox:
+            self._emit(*self._outbox)
+            self._outbox.clear()
+
+    def _patience(self) -> float | None:
+        if len(self._scheduler):
+            return 0
+        moments = [self._tickets.next_expiry(), *(s.sequence.deadline for s in self._streams.values())]
+        soonest = min((moment for moment in moments if moment is not None), default=None)
+        return None if soonest is None else max(0.0, soonest - self._clock())
+
+
+def _finished(sequence: Sequence, ending: Ending) -> decode_pb2.DecodeFinished:
+    usage = common_pb2.Usage(prompt_tokens=sequence.prompt_tokens, completion_tokens=sequence.output_tokens)
+    return decode_pb2.DecodeFinished(reason=_REASONS[ending], stop_token_id=sequence.stop_token, usage=usage)
+
+
+def _logprobs(drawn: Drawn) -> common_pb2.TokenLogprobs:
+    assert drawn.logprobs is not None
+    return common_pb2.TokenLogprobs(
+        chosen=common_pb2.TokenLogprob(token_id=drawn.token, logprob=drawn.logprobs.chosen),
+        top=[common_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in drawn.logprobs.top],
+    )

@@ -1,0 +1,108 @@
+"""The engine process: loads the model, says so, then turns the engine's loop until the link to its front closes.
+
+Started by the front alone (`python -m hma_serve.decode.engine_main`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hma_serve.checkpoint import read_eos_token_ids, read_model_config
+from hma_serve.core.errors import HmaError, Internal
+from hma_serve.decode.attention import TorchPagedAttention
+from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.failures import to_detail
+from hma_serve.decode.pages import KvGeometry, PagePool
+from hma_serve.decode.runner import TorchStepRunner
+from hma_serve.decode.scheduler import Scheduler
+from hma_serve.decode.tickets import TicketTable
+from hma_serve.internal.v1 import decode_engine_pb2 as pb
+from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
+from hma_serve.model import Transformer, open_weights
+from hma_serve.telemetry.logs import setup_logging
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_log = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The engine's arguments; the front writes them, so none has a default."""
+    parser = argparse.ArgumentParser(prog="hma-serve-decode-engine", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--dtype", choices=list(_DTYPES), required=True)
+    parser.add_argument("--codecs", required=True)
+    parser.add_argument("--kv-capacity-tokens", type=int, required=True)
+    parser.add_argument("--kv-lease", type=float, required=True)
+    parser.add_argument("--max-running", type=int, required=True)
+    parser.add_argument("--step-tokens", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--log-format", required=True)
+    add_engine_arguments(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    endpoint = attach_engine(args, receives=pb.DecodeEngineCommand)
+    setup_logging("decode", args.log_format)
+    torch.set_num_threads(args.threads)
+    try:
+        _serve(_load(args, endpoint), endpoint)
+    except LinkClosed:
+        return 0
+    except HmaError as exc:
+        _log.error("%s", exc.message)
+        endpoint.link.send(pb.DecodeEngineEvent(died=pb.DecodeDied(error=to_detail(exc))))
+        return 1
+    return 0
+
+
+def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineCommand]) -> Engine:
+    began = time.monotonic()
+    if endpoint.arena is None:
+        raise Internal("the engine was started without an arena")
+    config, dtype = read_model_config(args.checkpoint), _DTYPES[args.dtype]
+    with open_weights(args.checkpoint, config, dtype=dtype) as weights:
+        model = Transformer(config, weights)
+    pool = PagePool(
+        KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
+        packed_formats=args.codecs.split(","),
+        plain_dtype=dtype,
+        capacity_tokens=args.kv_capacity_tokens,
+    )
+    engine = Engine(
+        pool=pool,
+        runner=TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads)),
+        tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
+        scheduler=Scheduler(max(args.step_tokens, args.max_running)),
+        limits=EngineLimits(args.max_running, frozenset(read_eos_token_ids(args.checkpoint)), config.vocab_size),
+        arena=endpoint.arena,
+        emit=endpoint.link.send,
+    )
+    ready = pb.DecodeReady(
+        device="cpu",
+        load_seconds=time.monotonic() - began,
+        kv_capacity_tokens=pool.capacity_tokens,
+        kv_bytes=pool.memory_bytes,
+    )
+    endpoint.link.send(pb.DecodeEngineEvent(ready=ready))
+    return engine
+
+
+def _serve(engine: Engine, endpoint: EngineEndpoint[pb.DecodeEngineCommand]) -> None:
+    patience: float | None = 0
+    while True:
+        patience = engine.turn(endpoint.link.receive(patience))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The Decode service: one call of Generate is one request's life.
+
+The call's end, for whatever reason, is what frees everything: leaving the engine's stream context posts the close, also
+when the task is cancelled. A slow caller holds up its own call alone; its tokens are merged meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+
+from hma_serve.core.errors import Cancelled, HmaError, NotFound, Unavailable
+from hma_serve.decode.admission import Admission
+from hma_serve.decode.engine_client import EngineClient
+from hma_serve.decode.load import Load
+from hma_serve.internal.v1 import decode_engine_pb2
+from hma_serve.telemetry.metrics import DecodeMetrics
+from hma_serve.v1 import decode_pb2, decode_pb2_grpc
+
+_Context = grpc.aio.ServicerContext[decode_pb2.DecodeGenerateRequest, decode_pb2.DecodeGenerateResponse]
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServicer):
+    """Serves `hma_serve.v1.Decode`.
+
+    Args:
+        engine: Where requests run.
+        admission: What is refused before.
+        load: Counts the open calls; says whether the worker is leaving.
+        metrics: What is counted.
+    """
+
+    def __init__(self, engine: EngineClient, admission: Admission, load: Load, metrics: DecodeMetrics) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._load = load
+        self._metrics = metrics
+        self.push_address = ""
+
+    async def Generate(  # noqa: N802
+        self, request: decode_pb2.DecodeGenerateRequest, context: _Context
+    ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
+        """See the schema."""
+        with self._counted() as outcome:
+            if self._load.draining:
+                raise Unavailable("this decode worker is leaving; another can take the request")
+            admit = self._admission.check(request)
+            with self._engine.stream(admit) as stream:
+                yield decode_pb2.DecodeGenerateResponse(ticket=self._ticket(await stream.admitted(), admit.epoch))
+                async for output in stream.outputs():
+                    for response in _responses(output):
+                        self._count(response)
+                        yield response
+            outcome.append("ok")
+
+    async def Extend(  # noqa: N802
+        self,
+        request: decode_pb2.ExtendRequest,
+        context: grpc.aio.ServicerContext[decode_pb2.ExtendRequest, decode_pb2.ExtendResponse],
+    ) -> decode_pb2.ExtendResponse:
+        """See the schema."""
+        lease = await self._engine.extend(request.nonce, request.epoch)
+        return decode_pb2.ExtendResponse(lease=_duration(lease))
+
+    async def Release(  # noqa: N802
+        self,
+        request: decode_pb2.ReleaseRequest,
+        context: grpc.aio.ServicerContext[decode_pb2.ReleaseRequest, decode_pb2.ReleaseResponse],
+    ) -> decode_pb2.ReleaseResponse:
+        """See the schema: a ticket that is gone already is as good as released."""
+        with contextlib.suppress(NotFound):
+            await self._engine.release(request.nonce, request.epoch)
+        return decode_pb2.ReleaseResponse()
+
+    def _ticket(self, admitted: decode_engine_pb2.DecodeAdmitted, epoch: int) -> decode_pb2.Ticket:
+        return decode_pb2.Ticket(
+            nonce=admitted.nonce,
+            epoch=epoch,
+            push_address=self.push_address,
+            lease=_duration(admitted.lease_ns / 1e9),
+        )
+
+    def _count(self, response: decode_pb2.DecodeGenerateResponse) -> None:
+        if response.HasField("tokens"):
+            self._metrics.tokens.inc(len(response.tokens.token_ids))
+        elif response.HasField("started"):
+            self._metrics.wait_seconds.observe(response.started.wait_seconds)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[list[str]]:
+        """Counts the call while it lasts and how it ended: what is appended, the error's code, or cancelled."""
+        outcome: list[str] = []
+        self._load.stream_opened()
+        try:
+            yield outcome
+        except HmaError as exc:
+            outcome.append(exc.code)
+            raise
+        finally:
+            self._load.stream_closed()
+            self._metrics.requests.labels(outcome[-1] if outcome else Cancelled.code).inc()
+
+
+def _responses(output: decode_engine_pb2.DecodeStreamOutput) -> Iterator[decode_pb2.DecodeGenerateResponse]:
+    if output.HasField("started"):
+        yield decode_pb2.DecodeGenerateResponse(started=output.started)
+    if output.HasField("tokens"):
+        yield decode_pb2.DecodeGenerateResponse(tokens=output.tokens)
+    if output.HasField("finished"):
+        yield decode_pb2.DecodeGenerateResponse(finished=output.finished)
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(int(seconds * 1e9))
+    return duration

@@ -1,0 +1,113 @@
+"""What the front knows of the model without its weights, and what it can therefore accept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.model_config import ModelConfig
+from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
+from hma_serve.kvblock import Acceptance, Codec, KvFormatError, codec, codec_names
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One checkpoint.
+
+    Attributes:
+        name: What clients call it.
+        checkpoint: Where it lies.
+        config: Its configuration.
+        fingerprint: SHA-256 hex of configuration and weights.
+        max_model_len: Prompt plus completion, tokens.
+        codecs: Of KV that can be read here.
+    """
+
+    name: str
+    checkpoint: Path
+    config: ModelConfig
+    fingerprint: str
+    max_model_len: int
+    codecs: tuple[Codec, ...]
+
+    @property
+    def rope(self) -> RopeSpec:
+        """How its keys are turned."""
+        return RopeSpec(KvRopePairing.HALF_SPLIT, self.config.rope_theta)
+
+    @property
+    def codec_specs(self) -> tuple[CodecSpec, ...]:
+        """The codecs as the registry knows them."""
+        return tuple(CodecSpec.from_proto(known.spec()) for known in self.codecs)
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model as the registry knows it."""
+        config = self.config
+        return ModelInfo(
+            id=self.name,
+            fingerprint=self.fingerprint,
+            layers=config.num_layers,
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab=config.vocab_size,
+            rope=self.rope,
+        )
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """What a KV stream must match."""
+        return Acceptance(
+            model_fingerprint=self.fingerprint,
+            layers=self.config.num_layers,
+            kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            codecs=self.codecs,
+            rope=self.rope.to_proto(),
+            qk_norm=True,
+        )
+
+
+def read_served_model(model: str, max_model_len: int | None) -> ServedModel:
+    """Finds a checkpoint and reads everything but its weights; BLOCKING.
+
+    Args:
+        model: `demo`, a directory or a Hub id.
+        max_model_len: Prompt plus completion; None: the model's window.
+
+    Raises:
+        HmaError: There is no such checkpoint, or the window is larger than the model's.
+    """
+    checkpoint = resolve_checkpoint(model)
+    config = read_model_config(checkpoint)
+    longest = config.max_position_embeddings
+    if max_model_len is not None and max_model_len > longest:
+        raise InvalidArgument(
+            f"--max-model-len {max_model_len} is more than the model's window of {longest}", field="--max-model-len"
+        )
+    return ServedModel(
+        name=_name(model),
+        checkpoint=checkpoint,
+        config=config,
+        fingerprint=fingerprint(checkpoint),
+        max_model_len=max_model_len or longest,
+        codecs=tuple(known for known in map(codec, codec_names()) if _fits(known, config.head_dim)),
+    )
+
+
+def _name(model: str) -> str:
+    """A directory's last component, otherwise what was asked for."""
+    path = Path(model).expanduser()
+    return path.resolve().name if model != DEMO and path.is_dir() else model
+
+
+def _fits(known: Codec, head_dim: int) -> bool:
+    try:
+        known.check_geometry(head_dim)
+    except KvFormatError:
+        return False
+    return True
