@@ -57,7 +57,7 @@ def damaged(draw: st.DrawFn, frame: bytes) -> bytes:
     return bytes(out)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(damaged(BLOCK))
 def test_a_damaged_block_is_refused_or_is_what_was_sent(frame: bytes) -> None:
     reader = kvblock.StreamReader(PLAN, TICKET, EPOCH)
@@ -68,7 +68,7 @@ def test_a_damaged_block_is_refused_or_is_what_was_sent(frame: bytes) -> None:
         assert (block.token_count, block.head_count, block.role_plan.codec.name) == (64, 2, "tt_bfp8_b")
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(damaged(OPEN))
 def test_a_damaged_manifest_is_refused_or_gives_a_consistent_plan(frame: bytes) -> None:
     with contextlib.suppress(errors.KvFormatError):
@@ -76,7 +76,7 @@ def test_a_damaged_manifest_is_refused_or_gives_a_consistent_plan(frame: bytes) 
         _check(kvblock.validate_manifest(header.open.manifest))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(manifests)
 def test_an_invented_manifest_is_refused_or_gives_a_consistent_plan(manifest: KvManifest) -> None:
     with contextlib.suppress(errors.KvFormatError):

@@ -1,12 +1,10 @@
 """`tt_bfp8_b`: 8-bit block float in Tenstorrent's tiles, and the same quantisation without forming tiles.
 
-Arithmetic is on powers of two alone, so that every step is exact in float32 and results do not depend on the
-device: for 16 values with largest exponent E, magnitude = round(|x| * 2^(133 - E)) and x' = magnitude * 2^(E
-- 133).
+Arithmetic is on powers of two alone, so that every step is exact in float32 and results do not depend on the device:
+for 16 values with largest exponent E, magnitude = round(|x| * 2^(133 - E)) and x' = +-magnitude * 2^(E - 133).
 
-The decoder runs for every block of pages inside attention, so it is written for few operations: table look-up
-for the steps (a 256-entry table per device), magnitudes by a mask, the sign by `copysign`, and one permuting
-copy at the end.
+The decoder runs for every block of pages inside attention, so it is written for few operations on few bytes: rows of 16
+are gathered into output order while they are still bytes, by indices computed once per geometry and device.
 """
 
 from __future__ import annotations
