@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from hma_serve import quant
 from hma_serve.checkpoint import fingerprint
@@ -191,7 +191,6 @@ class Client:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self._worker = worker_pb2_grpc.WorkerStub(channel)
-        self.health = health_pb2_grpc.HealthStub(channel)
 
     def prefill(
         self,
@@ -218,10 +217,21 @@ class Client:
     async def describe(self) -> worker_pb2.WorkerInfo:
         return (await self._worker.Describe(worker_pb2.DescribeRequest())).worker
 
-    async def drain(self) -> worker_pb2.DrainResponse:
-        return await self._worker.Drain(worker_pb2.DrainRequest())
+    async def drain(self, grace: float) -> worker_pb2.DrainResponse:
+        request = worker_pb2.DrainRequest()
+        request.grace.FromMilliseconds(int(grace * 1000))
+        return await self._worker.Drain(request)
 
-    async def loads(self) -> AsyncIterator[worker_pb2.WorkerLoad]:
+    async def health(self) -> int:
+        check: grpc.aio.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        return int((await check(health_pb2.HealthCheckRequest(service="hma_serve.v1.Prefill"))).status)
+
+    async def loads(self) -> AsyncGenerator[worker_pb2.WorkerLoad, None]:
         call = self._worker.WatchLoad(worker_pb2.WatchLoadRequest())
         try:
             async for response in call:
@@ -432,8 +442,7 @@ async def test_sigterm_finishes_what_runs_and_refuses_what_comes(
             with pytest.raises(Unavailable, match="draining"):
                 await client.prefill(receiver, prompt(128)).accepted()
             assert (await client.describe()).state == worker_pb2.WORKER_STATE_DRAINING
-            status = await client.health.Check(health_pb2.HealthCheckRequest(service="hma_serve.v1.Prefill"))
-            assert status.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await client.health() == health_pb2.HealthCheckResponse.NOT_SERVING
             async with httpx.AsyncClient(base_url=f"http://{worker.http}") as http:
                 assert (await http.get("/live")).status_code == 200
                 assert (await http.get("/ready")).status_code == 503
@@ -441,6 +450,25 @@ async def test_sigterm_finishes_what_runs_and_refuses_what_comes(
             assert (await call.completed()).computed_tokens == 128
         assert await asyncio.to_thread(worker.process.wait, 20) == 0
         assert not alive(engine)
+
+
+async def test_the_order_to_drain_cancels_what_outlasts_its_grace(
+    checkpoint: Path, tmp_path: Path, receiver: PushReceiver
+) -> None:
+    with running_worker(checkpoint, tmp_path / "events") as worker:
+        async with connected(worker) as client:
+            receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
+            call = client.prefill(receiver, prompt(128))
+            await call.accepted()
+            await receiver.stream(call.request.ticket, blocks=1)
+            result = await client.drain(0.1)
+            assert (result.finished, result.cancelled) == (0, 1)
+            with pytest.raises(Unavailable, match="told to leave"):
+                await call.completed()
+            loads = [load async for load in client.loads()]
+            assert not loads
+        worker.process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(worker.process.wait, 20) == 0
 
 
 async def test_a_dead_engine_ends_every_request_and_the_process(
