@@ -76,11 +76,13 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: grpc.ServicerContext
     ) -> inference_pb2.ListModelsResponse:
         self._fail_if_told(context)
-        model = inference_pb2.Model(id="demo", fingerprint="f00d", max_model_len=4096, created_unix_seconds=1_700_000_000)
+        model = inference_pb2.Model(
+            id="demo", fingerprint="f00d", max_model_len=4096, created_unix_seconds=1_700_000_000
+        )
         return inference_pb2.ListModelsResponse(models=[model])
 
     def _fail_if_told(self, context: grpc.ServicerContext) -> None:
-        self.metadata = {key: value for key, value in context.invocation_metadata()}
+        self.metadata = dict(context.invocation_metadata())
         if self.failures:
             abort(context, self.failures.popleft())
 
@@ -112,9 +114,7 @@ def words_of_answer(request: inference_pb2.GenerateRequest) -> Iterator[str]:
         yield f" word{index}"
 
 
-def answer(
-    request: inference_pb2.GenerateRequest, gone: threading.Event
-) -> Iterator[inference_pb2.GenerateResponse]:
+def answer(request: inference_pb2.GenerateRequest, gone: threading.Event) -> Iterator[inference_pb2.GenerateResponse]:
     """The events of one call, until it is done or the client has gone."""
     text = last_text(request)
     prompt_tokens = len(request.token_ids.ids) or len(text.split())

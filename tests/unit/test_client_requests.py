@@ -115,6 +115,13 @@ def test_a_prompt_too_long_to_send_is_refused_here() -> None:
         text_or_tokens("x" * (3 << 20), {})
 
 
+def test_text_that_is_not_unicode_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="position 5"):
+        text_or_tokens("hello\ud800", {})
+    with pytest.raises(InvalidArgument, match="surrogate"):
+        conversation([{"role": "user", "content": "\udfff"}], None, {})
+
+
 def test_a_conversation_keeps_its_order_and_its_names() -> None:
     messages: list[Message] = [
         {"role": "system", "content": "Be brief."},
@@ -160,5 +167,5 @@ def test_what_is_no_address_is_refused(wrong: str) -> None:
 def test_tls_files_are_checked_at_once() -> None:
     with pytest.raises(InvalidArgument, match="both or neither"):
         Tls(certificate="client.pem")
-    with pytest.raises(InvalidArgument, match="nowhere.pem"):
+    with pytest.raises(InvalidArgument, match=r"nowhere\.pem"):
         Client("localhost:1", tls=Tls(ca="/nowhere.pem"))

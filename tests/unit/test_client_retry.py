@@ -109,7 +109,9 @@ def test_a_timeout_is_positive(timeout: float) -> None:
         Deadline(timeout)
 
 
-@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"initial_backoff": -1}, {"max_backoff": -1}, {"max_retry_after": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"rounds": 0}, {"initial_backoff": -1}, {"max_backoff": -1}, {"max_retry_after": -1}]
+)
 def test_an_impossible_policy_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InvalidArgument, match="retry"):
         RetryPolicy(**wrong)

@@ -6,8 +6,9 @@ number costs no round trip. What was not asked for stays absent, and the server 
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NotRequired, SupportsIndex, TypedDict
 
@@ -102,13 +103,14 @@ def text_or_tokens(prompt: str | Sequence[int], options: Mapping[str, Any]) -> i
         PayloadTooLarge: The prompt does not fit a message.
         TypeError: There is no such option.
     """
-    request = _request(options)
     if not len(prompt):
         raise InvalidArgument("the prompt is empty", field="prompt")
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(_token_ids(prompt))
+    with _texts_checked():
+        request = _request(options)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(_token_ids(prompt))
     return _fitting(request)
 
 
@@ -116,12 +118,13 @@ def conversation(
     messages: Iterable[Message], template_kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]
 ) -> inference_pb2.GenerateRequest:
     """The message that asks for the next turn of a conversation; raises like `text_or_tokens`."""
-    request = _request(options)
-    for message in messages:
-        unknown = message.keys() - {"role", "content", "name"}
-        if unknown:
-            raise InvalidArgument(f"a message has no {sorted(unknown)[0]!r}", field="messages")
-        request.chat.messages.add(**message)
+    with _texts_checked():
+        request = _request(options)
+        for message in messages:
+            unknown = message.keys() - {"role", "content", "name"}
+            if unknown:
+                raise InvalidArgument(f"a message has no {sorted(unknown)[0]!r}", field="messages")
+            request.chat.messages.add(**message)
     if not request.chat.messages:
         raise InvalidArgument("a conversation needs at least one message", field="messages")
     if template_kwargs:
@@ -130,6 +133,15 @@ def conversation(
         except json_format.ParseError as exc:
             raise InvalidArgument("template_kwargs takes what JSON can say, by name", field="template_kwargs") from exc
     return _fitting(request)
+
+
+@contextlib.contextmanager
+def _texts_checked() -> Iterator[None]:
+    """Protobuf carries Unicode only; half of a surrogate pair is none."""
+    try:
+        yield
+    except UnicodeEncodeError as exc:
+        raise InvalidArgument(f"a text holds half of a surrogate pair at position {exc.start}", field="prompt") from exc
 
 
 def _request(options: Mapping[str, Any]) -> inference_pb2.GenerateRequest:

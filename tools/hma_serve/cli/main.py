@@ -35,6 +35,9 @@ COMMANDS = {
     "router": Command("hma_serve.router.main", "router", "run a router: the HTTP and gRPC entrance"),
     "prefill": Command("hma_serve.prefill.main", "prefill", "run a prefill worker"),
     "decode": Command("hma_serve.decode.main", "decode", "run a decode worker"),
+    "complete": Command("hma_serve.cli.complete", "local", "continue a text, streamed to the terminal"),
+    "chat": Command("hma_serve.cli.chat", "local", "talk to a model"),
+    "completion": Command("hma_serve.cli.completion_script", "local", "print a script for the shell's Tab key"),
 }
 
 USAGE_ERROR = 2
