@@ -44,6 +44,8 @@ from hma_serve.v1 import kv_block_pb2, kv_transfer_pb2
 
 SERVICE = "hma_serve.v1.KvTransfer"
 
+_UNFINISHED_WRITE_SECONDS = 1.0
+
 _log = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[bytes, kv_transfer_pb2.PushResponse]
@@ -226,7 +228,13 @@ class _Push:
 
     async def _write(self, response: kv_transfer_pb2.PushResponse) -> None:
         async with self._writing:
-            await self._context.write(response)
+            writing = asyncio.ensure_future(self._context.write(response))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                # A cancelled write stays under way inside gRPC, which takes one at a time: the next would fail.
+                await asyncio.wait((writing,), timeout=_UNFINISHED_WRITE_SECONDS)
+                raise
 
     async def _within_stall(self, awaitable: Any, who: str) -> Any:
         try:
