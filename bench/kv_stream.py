@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.figures import SEED, Figure, figure, interleave, ratios
 from hma_serve.kvblock import StreamReader, StreamWriter, build_manifest, codec, decode_frame, validate_manifest
@@ -45,7 +47,7 @@ def manifest() -> KvManifest:
     )
 
 
-def packed() -> np.ndarray:
+def packed() -> NDArray[np.uint8]:
     """One layer and role of finite BF16 values, packed."""
     tokens = BLOCK_BYTES // (HEADS * HEAD_DIM * 2)
     values = np.random.default_rng(SEED).standard_normal((HEADS, tokens, HEAD_DIM)).astype(np.float32)
@@ -65,7 +67,8 @@ async def push(address: str) -> None:
                     yield frame
 
     channel = open_channel(address)
-    await channel.stream_unary(METHOD)(frames())
+    method: Any = channel.stream_unary(METHOD)
+    await method(frames())
     await channel.close()
 
 
@@ -74,7 +77,7 @@ def send_plain(port: int) -> None:
     payload = packed()
     with socket.create_connection(("127.0.0.1", port)) as connection:
         for _ in range(2 * LAYERS):
-            connection.sendall(payload)
+            connection.sendall(payload.data)
 
 
 def produce(kind: str, target: str) -> None:
@@ -112,7 +115,7 @@ class Consumer:
         connection, _ = listener.accept()
         with connection:
             start = time.perf_counter()
-            view = memoryview(self.destination).cast("B")
+            view = self.destination.reshape(-1).data
             received = 0
             while received < len(view):
                 received += connection.recv_into(view[received:])
@@ -128,8 +131,10 @@ def child(kind: str, target: str) -> subprocess.Popen[bytes]:
 async def serve(consumer: Consumer) -> tuple[GrpcServer, str]:
     """Starts the consumer's gRPC server."""
     server = GrpcServer("bench", "127.0.0.1:0", [])
-    handlers = {"Push": grpc.stream_unary_rpc_method_handler(consumer.receive)}
-    server.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("hma_serve.bench", handlers),))
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Push": grpc.stream_unary_rpc_method_handler(consumer.receive)
+    }
+    server.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": push}),))
     return server, await server.start()
 
 

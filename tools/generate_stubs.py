@@ -33,7 +33,7 @@ def generate(output: Path) -> None:
         if inputs and protoc.main(["protoc", *include, *flags, *map(str, inputs)]) != 0:
             sys.exit("protoc failed; see the messages above")
     for directory in {path.parent for pattern in PATTERNS for path in output.rglob(pattern)}:
-        (directory / "__init__.py").touch()
+        (directory / "__init__.py").write_text('"""Generated from protos/ by `make proto`."""\n')
 
 
 def stubs(root: Path) -> set[Path]:

@@ -8,6 +8,7 @@ import asyncio
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import httpx
@@ -68,7 +69,7 @@ def exact_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 
 
 async def test_greedy_tokens_equal_those_of_transformers(exact_cluster: Cluster) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint("demo"), dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(resolve_checkpoint("demo"), dtype=torch.float32)
     expected = []
     for prompt in prompts():
         ids = torch.tensor([prompt])

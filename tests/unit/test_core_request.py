@@ -17,7 +17,8 @@ def test_decode_keeps_between_one_and_32_prompt_tokens(tokens: int, packed: int)
 
 
 def test_absent_fields_mean_the_defaults_both_ways() -> None:
-    for kind in (SamplingParams, StopConditions, Slo):
+    kinds: list[Any] = [SamplingParams, StopConditions, Slo]
+    for kind in kinds:
         value = kind()
         assert kind.from_proto(type(value.to_proto())()) == value
         assert kind.from_proto(value.to_proto()) == value

@@ -1,5 +1,5 @@
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -29,10 +29,13 @@ class Failing(decode_pb2_grpc.DecodeServicer):
         self.error: Exception = Internal("unset")
         self.cleaned_up = 0
 
-    async def Release(self, request: Any, context: Any) -> decode_pb2.ReleaseResponse:  # noqa: N802
+    async def Extend(self, request: Any, context: Any) -> decode_pb2.ExtendResponse:
+        return decode_pb2.ExtendResponse()
+
+    async def Release(self, request: Any, context: Any) -> decode_pb2.ReleaseResponse:
         raise self.error
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:  # noqa: N802
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
         try:
             yield decode_pb2.DecodeGenerateResponse()
             raise self.error
@@ -71,7 +74,7 @@ async def test_overload_tells_any_grpc_client_when_to_retry(served: tuple[Failin
     servicer.error = ResourceExhausted("full", retry_after=2.0)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await decode_pb2_grpc.DecodeStub(channel).Release(decode_pb2.ReleaseRequest())
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(cast(grpc.Call, caught.value))
     retry = error_details_pb2.RetryInfo()
     assert any(detail.Unpack(retry) for detail in status.details)
     assert retry.retry_delay.seconds == 2
@@ -121,7 +124,7 @@ async def test_a_taken_port_fails_with_a_sentence(served: tuple[Failing, grpc.ai
 
 async def test_health_follows_the_server(served: tuple[Failing, grpc.aio.Channel, str]) -> None:
     _, channel, _ = served
-    stub = health_pb2_grpc.HealthStub(channel)
+    stub: Any = health_pb2_grpc.HealthStub(channel)
     for service in ("", "hma_serve.v1.Decode"):
         response = await stub.Check(health_pb2.HealthCheckRequest(service=service))
         assert response.status == health_pb2.HealthCheckResponse.SERVING
