@@ -134,7 +134,9 @@ async def serve(consumer: Consumer) -> tuple[GrpcServer, str]:
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Push": grpc.stream_unary_rpc_method_handler(consumer.receive)
     }
-    server.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": push}),))
+    server.server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": handler}),)
+    )
     return server, await server.start()
 
 
