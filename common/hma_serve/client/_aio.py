@@ -196,9 +196,9 @@ class AsyncStream(StreamProgress):
 
     async def _read(self) -> AsyncIterator[Delta]:
         attempts = self._settings.attempts(self._timeout, first=self._routers.preferred)
-        if self._cancelled.is_set():
-            raise Cancelled("the stream was cancelled")
         while True:
+            if self._cancelled.is_set():
+                raise Cancelled("the stream was cancelled")
             address, stub = self._routers.at(attempts.address)
             call = self._call = stub.Generate(
                 self._request, timeout=attempts.deadline.remaining(), metadata=self._settings.metadata
@@ -245,17 +245,20 @@ class _Routers:
         self._calls: set[grpc.aio.Call] = set()
         self._credentials = None if tls is None else tls.credentials()
         self._closed = False
-        self._channels: dict[int, grpc.aio.Channel] = {}
+        self._channels: list[grpc.aio.Channel] = []
+        self._stubs: dict[int, inference_pb2_grpc.InferenceAsyncStub] = {}
 
     def at(self, index: int) -> tuple[str, inference_pb2_grpc.InferenceAsyncStub]:
         """The address and a stub for it; raises FailedPrecondition once closed."""
         if self._closed:
             raise FailedPrecondition("the client is closed")
         address = self.addresses[index]
-        channel = self._channels.get(index)
-        if channel is None:
-            channel = self._channels[index] = self._open(address)
-        return address, inference_pb2_grpc.InferenceStub(channel)
+        stub = self._stubs.get(index)
+        if stub is None:
+            channel = self._open(address)
+            self._channels.append(channel)
+            stub = self._stubs[index] = inference_pb2_grpc.InferenceStub(channel)
+        return address, stub
 
     @contextlib.contextmanager
     def running(self, call: grpc.aio.Call) -> Iterator[None]:
@@ -283,9 +286,8 @@ class _Routers:
         for call in calls:
             call.cancel()
         await asyncio.gather(*(call.code() for call in calls))
-        channels, self._channels = list(self._channels.values()), {}
-        for channel in channels:
-            await channel.close()
+        while self._channels:
+            await self._channels.pop().close()
 
     def _open(self, address: str) -> grpc.aio.Channel:
         if self._credentials is None:

@@ -1,8 +1,8 @@
 """Whether, where and when to try again: decided here, without I/O, clock or randomness of its own.
 
-A request is tried again only before any of its answer has arrived, and only after a failure that says that nobody
-worked on it: the router could not be reached (UNAVAILABLE), or it was full and named a time (RESOURCE_EXHAUSTED with
-`retry_after`). Each address is tried once per round; between rounds there is a pause.
+A request is tried again only before any of its answer has arrived, and only after a failure that says that
+none will: the router was not reached or went away (UNAVAILABLE), or it was full and named a time (RESOURCE_EXHAUSTED
+with `retry_after`). Each address is tried once per round; between rounds there is a pause.
 """
 
 from __future__ import annotations

@@ -250,7 +250,8 @@ class _Routers:
         self.closed = threading.Event()
         self._credentials = None if tls is None else tls.credentials()
         self._lock = threading.Lock()
-        self._channels: dict[int, grpc.Channel] = {}
+        self._channels: list[grpc.Channel] = []
+        self._stubs: dict[int, inference_pb2_grpc.InferenceStub] = {}
 
     def at(self, index: int) -> tuple[str, inference_pb2_grpc.InferenceStub]:
         """The address and a stub for it; raises FailedPrecondition once closed."""
@@ -258,17 +259,18 @@ class _Routers:
         with self._lock:
             if self.closed.is_set():
                 raise FailedPrecondition("the client is closed")
-            channel = self._channels.get(index)
-            if channel is None:
-                channel = self._channels[index] = self._open(address)
-        return address, inference_pb2_grpc.InferenceStub(channel)
+            stub = self._stubs.get(index)
+            if stub is None:
+                channel = self._open(address)
+                self._channels.append(channel)
+                stub = self._stubs[index] = inference_pb2_grpc.InferenceStub(channel)
+        return address, stub
 
     def close(self) -> None:
         """Cancels all calls and closes the connections."""
         with self._lock:
             self.closed.set()
-            channels = list(self._channels.values())
-            self._channels.clear()
+            channels, self._channels = self._channels, []
         for channel in channels:
             channel.close()
 
