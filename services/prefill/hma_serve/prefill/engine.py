@@ -1,6 +1,6 @@
 """The compute loop of a prefill instance: one layer of one chunk at a time, each handed to the front when it is done.
 
-Ownership of a slot: the engine takes it before it computes the layer that fills it, the front holds it from
+Ownership of a slot: a layer is computed only when a slot of its job's share is free; the front holds the slot from
 `PrefillLayerDone` to `PrefillLayerSent` (or `PrefillClose`). A job may have `layers_ahead` layers handed out and not
 yet sent; then it is parked and others run. So with the usual two, a layer has left before the one after the next is
 computed, a stalled receiver costs its own request alone, and slots can never run out: there are `layers_ahead` for
