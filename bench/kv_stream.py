@@ -131,10 +131,9 @@ def child(kind: str, target: str) -> subprocess.Popen[bytes]:
 async def serve(consumer: Consumer) -> tuple[GrpcServer, str]:
     """Starts the consumer's gRPC server."""
     server = GrpcServer("bench", "127.0.0.1:0", [])
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Push": grpc.stream_unary_rpc_method_handler(consumer.receive)
-    }
-    server.server.add_generic_rpc_handlers(
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(consumer.receive)
+    generic = grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": handler})
+    server.server.add_generic_rpc_handlers((generic,))
         (grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": handler}),)
     )
     return server, await server.start()
