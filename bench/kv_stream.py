@@ -134,8 +134,6 @@ async def serve(consumer: Consumer) -> tuple[GrpcServer, str]:
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_unary_rpc_method_handler(consumer.receive)
     generic = grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": handler})
     server.server.add_generic_rpc_handlers((generic,))
-        (grpc.method_handlers_generic_handler("hma_serve.bench", {"Push": handler}),)
-    )
     return server, await server.start()
 
 
