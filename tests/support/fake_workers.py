@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import grpc
 import tokenizers
 from google.protobuf import duration_pb2
 from prometheus_client import CollectorRegistry
@@ -250,6 +251,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
 
     Attributes:
         refusals: Raised one after the other instead of giving a ticket.
+        broken: So many calls end as if the connection had.
         gate: Tokens come only while it is set.
         silent: Never give a ticket.
         fail_after: Raise `failure` when so many tokens have been sent.
@@ -266,6 +268,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         super().__init__(info or fake_worker(WorkerRole.DECODE, address="127.0.0.1:0"), "hma_serve.v1.Decode")
         decode_pb2_grpc.add_DecodeServicer_to_server(self, self.grpc_server)
         self.refusals: list[HmaError] = []
+        self.broken = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self.silent = False
@@ -310,11 +313,14 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         return decode_pb2.ReleaseResponse()
 
     async def Generate(
-        self, request: decode_pb2.DecodeGenerateRequest, context: object
+        self, request: decode_pb2.DecodeGenerateRequest, context: Any
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
         async with self._serving(request):
             if self.refusals:
                 raise self.refusals.pop(0)
+            if self.broken:
+                self.broken -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
             if self.silent:
                 await asyncio.Event().wait()
             nonce = secrets.token_bytes(16)
@@ -368,7 +374,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         refusals: Raised one after the other instead of accepting.
         failures: Raised one after the other after accepting.
         stalled: Accept, then do nothing.
-        late_failures: Raised one after the other when decode has the prompt already.
+        late_failures: Raised one after the other when decode has the prompt already, once `late_gate` is set.
     """
 
     def __init__(self, info: WorkerInfo | None = None) -> None:
@@ -378,6 +384,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         self.failures: list[HmaError] = []
         self.stalled = False
         self.late_failures: list[HmaError] = []
+        self.late_gate = asyncio.Event()
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: object
@@ -392,6 +399,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
                 await asyncio.Event().wait()
             _DECODES[request.decode_address].deliver(request.ticket)
             if self.late_failures:
+                await self.late_gate.wait()
                 raise self.late_failures.pop(0)
             completed = prefill_pb2.PrefillCompleted(computed_tokens=len(request.token_ids))
             yield prefill_pb2.PrefillResponse(completed=completed)

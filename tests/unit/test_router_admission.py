@@ -81,12 +81,13 @@ class Room:
         self.prefill = fake_worker(WorkerRole.PREFILL, instance="p", max_running=1000) if prefill else None
         self.prefill_full = False
         self.away_since: float | None = None
+        self.load = Load()
         self.listeners: list[Callable[[], None]] = []
 
     @property
     def fleet(self) -> Fleet:
         full = self.taken >= self.seats
-        decode = WorkerView(self.decode, Load(), LATER, away_since=self.away_since, refused=full)
+        decode = WorkerView(self.decode, self.load, LATER, away_since=self.away_since, refused=full)
         if self.prefill is None:
             return Fleet(decodes=(decode,))
         return Fleet((WorkerView(self.prefill, Load(), LATER, refused=self.prefill_full),), (decode,))
@@ -268,6 +269,23 @@ async def test_a_cancelled_waiter_leaves_the_queue() -> None:
     assert admission.waiting == 1
     first.release()
     await next_one
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+@virtual
+async def test_when_the_first_in_line_leaves_or_gives_up_the_next_is_served(leaves: bool) -> None:
+    room = Room(1)
+    room.load = Load(running=1, kv_used_tokens=80, kv_capacity_tokens=120)
+    admission = Admission(room)
+    large = acquire(admission, Demand(100, 1), deadline=START + 5)
+    small = acquire(admission, Demand(33, 1))
+    await settle()
+    assert admission.waiting == 2
+    if leaves:
+        large.cancel()
+    with pytest.raises(asyncio.CancelledError if leaves else DeadlineExceeded):
+        await large
+    assert (await small).placement.prefill is not None
 
 
 @virtual

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import grpc
 import grpc.aio
@@ -24,7 +24,7 @@ from hma_serve.core.errors import (
 )
 from hma_serve.core.request import StopConditions
 from hma_serve.router import attempt
-from hma_serve.router.completion import CompletionRequest, Delta, Event
+from hma_serve.router.completion import CompletionRequest, Delta, Event, Started
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
 from hma_serve.router.pipeline import Pipeline
@@ -147,13 +147,16 @@ async def test_a_prefill_that_dies_in_mid_transfer_is_replaced() -> None:
 async def test_a_prefill_that_fails_when_decode_has_the_prompt_does_no_harm() -> None:
     async with running_fleet() as (fleet, pipeline):
         fleet.prefills[0].late_failures = [Internal("after the commit")]
-        fleet.decodes[0].stall_after = 1
+        fleet.decodes[0].gate.clear()
+        seen: list[int] = []
         prepared = await pipeline.completions.prepare(request())
-        async with aclosing(pipeline.completions.run(prepared)) as events:
-            async for event in events:
-                if token_ids(event):
-                    break
-            await fleet.prefills[0].until_idle()
+        async for event in pipeline.completions.run(prepared):
+            if isinstance(event, Started):
+                fleet.prefills[0].late_gate.set()
+                await until(pipeline, lambda view: not any(prefill.ours.requests for prefill in view.prefills))
+                fleet.decodes[0].gate.set()
+            seen += token_ids(event)
+        assert seen == list(LONG[:TOKENS])
         assert fleet.calls() == [1, 0, 1, 0]
 
 
@@ -200,6 +203,27 @@ async def test_attempts_are_bounded() -> None:
         assert sum(fleet.calls()[:2]) == 3
 
 
+async def test_a_broken_connection_puts_the_worker_away_until_it_was_checked() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.decodes[0].broken = 1
+        assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
+        assert fleet.calls()[2:] == [1, 1]
+        await until(pipeline, lambda view: all(decode.open for decode in view.decodes))
+        assert [decode.described for decode in fleet.decodes] == [2, 1]
+
+
+async def test_one_failed_completion_of_several_ends_the_others() -> None:
+    async with running_fleet() as (fleet, pipeline):
+        fleet.prefills[0].refusals = [InvalidArgument("no")]
+        fleet.decodes[0].stall_after = fleet.decodes[1].stall_after = 1
+        wanted = CompletionRequest((LONG, SHORT), stop=StopConditions(max_tokens=TOKENS))
+        prepared = await pipeline.completions.prepare(wanted)
+        with pytest.raises(InvalidArgument):
+            async for _ in pipeline.completions.run(prepared):
+                pass
+        assert sum(fleet.calls()[2:]) == 2
+
+
 async def test_a_worker_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attempt, "_ANSWER_TIMEOUT", 0.05)
     async with running_fleet() as (fleet, pipeline):
@@ -207,13 +231,15 @@ async def test_a_worker_that_does_not_answer_is_replaced(monkeypatch: pytest.Mon
         assert await tokens(pipeline, request(SHORT)) == [1, 2, 3, 1, 2]
 
 
-async def test_the_deadline_ends_both_legs() -> None:
+@pytest.mark.parametrize("prompt", [SHORT, LONG])
+async def test_the_deadline_ends_both_legs(prompt: tuple[int, ...]) -> None:
     async with running_fleet() as (fleet, pipeline):
         fleet.prefills[0].stalled = True
+        fleet.decodes[0].stall_after = 0
         with pytest.raises(DeadlineExceeded):
-            await tokens(pipeline, request(timeout=0.1))
+            await tokens(pipeline, request(prompt, timeout=0.1))
         await fleet.until_idle()
-        assert fleet.calls() == [1, 0, 1, 0]
+        assert fleet.calls() == [int(prompt is LONG), 0, 1, 0]
 
 
 async def test_leaving_early_cancels_both_legs() -> None:
