@@ -365,6 +365,13 @@ async def test_wrong_paths_methods_and_types_are_error_objects(stack: Stack) -> 
     await assert_error(response, 415, "unsupported_media_type", None)
 
 
+async def test_an_expectation_that_cannot_be_met_is_refused(stack: Stack) -> None:
+    headers = JSON | {"Expect": "magic"}
+    response = await stack.client.post("/v1/completions", data=b'{"prompt": "a"}', headers=headers)
+    assert response.status == 417
+    assert response.headers["X-Request-Id"]
+
+
 async def test_an_oversized_body_is_refused_whether_announced_or_not(stack: Stack) -> None:
     body = json.dumps({"prompt": "a" * MAX_BODY}).encode()
     await assert_error(

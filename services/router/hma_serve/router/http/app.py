@@ -11,7 +11,7 @@ from hma_serve.core.errors import HmaError, Internal
 from hma_serve.router.completion import Completions
 from hma_serve.router.http.completions_endpoint import CompletionsEndpoint
 from hma_serve.router.http.openai_errors import error_response, http_error_response, json_response
-from hma_serve.router.http.requests import REQUEST_ID, assign_request_id, request_id_of
+from hma_serve.router.http.requests import REQUEST_ID, request_id_of
 from hma_serve.telemetry.http import NotReady, add_status_routes
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,6 @@ def build_app(
 @web.middleware
 async def _answer_everything(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Every failure leaves as OpenAI's error object."""
-    assign_request_id(request)
     try:
         return await handler(request)
     except HmaError as exc:

@@ -34,15 +34,11 @@ class BodyTimeout(DeadlineExceeded):
     http_status = 408
 
 
-def assign_request_id(request: web.Request) -> str:
-    """The client's id if it is a plain one, else a new one; every response carries it."""
-    given = request.headers.get(REQUEST_ID, "")
-    request[_KEY] = given if _ID.fullmatch(given) else secrets.token_hex(16)
-    return request[_KEY]
-
-
 def request_id_of(request: web.Request) -> str:
-    """What `assign_request_id` assigned."""
+    """The client's id if it is a plain one, else one minted at the first call; every response carries it."""
+    if _KEY not in request:
+        given = request.headers.get(REQUEST_ID, "")
+        request[_KEY] = given if _ID.fullmatch(given) else secrets.token_hex(16)
     return request[_KEY]
 
 
