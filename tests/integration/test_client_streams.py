@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -31,6 +34,7 @@ from hma_serve.client import (
     Unavailable,
 )
 from hma_serve.core.errors import ERRORS
+from support.cluster import environment
 from support.fake_inference import FakeRouter, eventually
 
 SWIFT = RetryPolicy(rounds=3, initial_backoff=0.01, max_backoff=0.02)
@@ -403,6 +407,48 @@ def test_a_dropped_stream_does_not_run_on(router: FakeRouter) -> None:
         for _ in client.generate("endless"):
             break
         assert eventually(lambda: router.service.running == 0 and router.service.cancelled == 1)
+
+
+INTERRUPTED_AGAIN_AND_AGAIN = """
+import os, random, signal, sys, threading
+from hma_serve.client import Client
+
+random.seed(1)
+client = Client(sys.argv[1])
+for _ in range(40):
+    try:
+        for delta in client.generate("endless"):
+            if delta.token_ids == (0,):
+                threading.Timer(random.random() * 0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+    except KeyboardInterrupt:
+        assert client.generate("hello", max_tokens=1).result().text == " word0"
+print("unharmed")
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_the_client_unharmed(router: FakeRouter) -> None:
+    command = [sys.executable, "-c", INTERRUPTED_AGAIN_AND_AGAIN, router.address]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "unharmed\n", "")
+    assert eventually(lambda: router.service.running == 0 and router.service.cancelled == 40)
+
+
+def test_abandoned_streams_and_closed_clients_leave_nothing_behind(router: FakeRouter) -> None:
+    def abandon() -> None:
+        with Client(router.address) as client:
+            for _ in client.generate("endless"):
+                break
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    abandon()
+    assert eventually(lambda: router.service.running == 0)
+    before = descriptors()
+    for _ in range(30):
+        abandon()
+    assert eventually(lambda: router.service.running == 0 and descriptors() <= before + 4)
+    assert eventually(lambda: not [one for one in threading.enumerate() if one.name == "hma-serve-stream"])
 
 
 async def test_a_server_that_vanishes_is_noticed(driver_type: type[Driver]) -> None:

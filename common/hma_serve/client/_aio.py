@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from hma_serve.client._channels import CHANNEL_OPTIONS, Tls
-from hma_serve.client._completion import Completion, Delta, Transcript
+from hma_serve.client._completion import Completion, Delta, Transcript, carries_answer
 from hma_serve.client._failures import typed_error
 from hma_serve.client._models import Model, read_models
 from hma_serve.client._options import Message, Options, conversation, text_or_tokens
@@ -196,6 +196,7 @@ class AsyncStream(StreamProgress):
 
     async def _read(self) -> AsyncIterator[Delta]:
         attempts = self._settings.attempts(self._timeout, first=self._routers.preferred)
+        answered = False
         while True:
             if self._cancelled.is_set():
                 raise Cancelled("the stream was cancelled")
@@ -206,6 +207,7 @@ class AsyncStream(StreamProgress):
             try:
                 with self._routers.running(call):
                     async for response in call:
+                        answered = answered or carries_answer(response)
                         delta = self._transcript.receive(response)
                         if delta is not None:
                             yield delta
@@ -213,14 +215,14 @@ class AsyncStream(StreamProgress):
                 self._routers.preferred = attempts.address
                 return
             except grpc.RpcError as failure:
-                await self._retry_or_raise(failure, address, attempts)
+                await self._retry_or_raise(failure, address, None if answered else attempts)
 
-    async def _retry_or_raise(self, failure: grpc.RpcError, address: str, attempts: Attempts) -> None:
-        """Returns when the next attempt is due."""
-        error = typed_error(failure, address=address, timeout=self._timeout)
-        wait = None if self._transcript.begun else attempts.after(error)
+    async def _retry_or_raise(self, failure: grpc.RpcError, address: str, attempts: Attempts | None) -> None:
+        """Returns when the next attempt is due; without `attempts` none is."""
         if self._cancelled.is_set():
             raise Cancelled("the stream was cancelled") from failure
+        error = typed_error(failure, address=address, timeout=self._timeout)
+        wait = None if attempts is None else attempts.after(error)
         if wait is None:
             raise error from failure
         try:

@@ -145,6 +145,11 @@ class _Growing:
     finished: inference_pb2.GenerateResponse.Finished | None = None
 
 
+def carries_answer(response: inference_pb2.GenerateResponse) -> bool:
+    """Whether some of the answer has arrived with this event: from then on a retry would repeat or change it."""
+    return response.WhichOneof("event") in ("delta", "finished")
+
+
 class Transcript:
     """Everything that a stream has delivered so far.
 
@@ -156,11 +161,6 @@ class Transcript:
         self._growing = [_Growing() for _ in range(n)]
         self.request_id = ""
         self.model = ""
-
-    @property
-    def begun(self) -> bool:
-        """Whether any of the answer has arrived: from then on a retry would repeat or change it."""
-        return any(one.token_ids or any(one.text) or one.finished for one in self._growing)
 
     @property
     def complete(self) -> bool:

@@ -7,18 +7,19 @@ never outlives its reading: the end of the loop, a `break`, an exception and the
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
 from hma_serve.client._channels import CHANNEL_OPTIONS, Tls
-from hma_serve.client._completion import Completion, Delta, Transcript
+from hma_serve.client._completion import Completion, Delta, Transcript, carries_answer
 from hma_serve.client._failures import typed_error
 from hma_serve.client._models import Model, read_models
 from hma_serve.client._options import Message, Options, conversation, text_or_tokens
 from hma_serve.client._progress import StreamProgress
+from hma_serve.client._pump import Pump
 from hma_serve.client._retry import Attempts, RetryPolicy
 from hma_serve.client._settings import Settings
 from hma_serve.core.errors import Cancelled, FailedPrecondition
@@ -196,22 +197,29 @@ class Stream(StreamProgress):
         self.cancel()
 
     def _read(self) -> Iterator[Delta]:
-        attempts = self._settings.attempts(self._timeout, first=self._routers.preferred)
         try:
-            while True:
-                address, stub = self._routers.at(attempts.address)
-                try:
-                    for response in self._start(stub, attempts):
-                        delta = self._transcript.receive(response)
-                        if delta is not None:
-                            yield delta
-                    self._transcript.end()
-                    self._routers.preferred = attempts.address
-                    return
-                except grpc.RpcError as failure:
-                    self._retry_or_raise(failure, address, attempts)
+            for response in Pump(self._responses()).run():
+                delta = self._transcript.receive(response)
+                if delta is not None:
+                    yield delta
+            self._transcript.end()
         finally:
             self.cancel()
+
+    def _responses(self) -> Generator[inference_pb2.GenerateResponse, None, None]:
+        """Asks until somebody answers, and yields the answer's events; runs on the pump's thread."""
+        attempts = self._settings.attempts(self._timeout, first=self._routers.preferred)
+        answered = False
+        while True:
+            address, stub = self._routers.at(attempts.address)
+            try:
+                for response in self._start(stub, attempts):
+                    answered = answered or carries_answer(response)
+                    yield response
+                self._routers.preferred = attempts.address
+                return
+            except grpc.RpcError as failure:
+                self._retry_or_raise(failure, address, None if answered else attempts)
 
     def _start(
         self, stub: inference_pb2_grpc.InferenceStub, attempts: Attempts
@@ -223,12 +231,12 @@ class Stream(StreamProgress):
             call.cancel()
         return iter(call)
 
-    def _retry_or_raise(self, failure: grpc.RpcError, address: str, attempts: Attempts) -> None:
-        """Returns when the next attempt is due."""
-        error = typed_error(failure, address=address, timeout=self._timeout)
-        wait = None if self._transcript.begun else attempts.after(error)
+    def _retry_or_raise(self, failure: grpc.RpcError, address: str, attempts: Attempts | None) -> None:
+        """Returns when the next attempt is due; without `attempts` none is."""
         if self._cancelled.is_set():
             raise Cancelled("the stream was cancelled") from failure
+        error = typed_error(failure, address=address, timeout=self._timeout)
+        wait = None if attempts is None else attempts.after(error)
         if wait is None:
             raise error from failure
         if self._cancelled.wait(wait):
