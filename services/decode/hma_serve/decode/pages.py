@@ -149,7 +149,7 @@ class PagePool:
         geometry: Of the model.
         packed_formats: Names of the codecs that are accepted.
         plain_dtype: Elements of unquantised pages.
-        capacity_tokens: Unquantised tokens that must fit; rounded up to whole extents.
+        capacity_tokens: A single request of so many tokens must fit, however it is packed (if no wider than plain).
         device: Where the memory lies.
     """
 
@@ -169,7 +169,8 @@ class PagePool:
         extent_bytes = math.lcm(*sizes.values())
         self._formats = {name: _FormatPages(size, extent_bytes // size) for name, size in sizes.items()}
         plain_pages = 2 * math.ceil(capacity_tokens / GROUP_TOKENS)
-        self.extents = math.ceil(plain_pages / self._formats[self.plain_format].per_extent)
+        # One request's packed keys and values may each begin an extent of their own: room asked for is room to be had.
+        self.extents = 2 + math.ceil(plain_pages / self._formats[self.plain_format].per_extent)
         self._free_extents = list(range(self.extents - 1, -1, -1))
         self._reservations: set[Reservation] = set()
         # Untouched memory costs nothing until it is written.

@@ -9,7 +9,10 @@ from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_c
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
-from hma_serve.kvblock import Acceptance, Codec, KvFormatError, codec, codec_names
+from hma_serve.kvblock import Acceptance, Codec, KvFormatError, codec
+
+ACCEPTED_CODECS = ("f32", "bf16", "tt_bfp8_b")
+"""What the page pool is cut for. Every format costs it alignment: an extent is a multiple of every format's page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ def read_served_model(model: str, max_model_len: int | None) -> ServedModel:
         config=config,
         fingerprint=fingerprint(checkpoint),
         max_model_len=max_model_len or longest,
-        codecs=tuple(known for known in map(codec, codec_names()) if _fits(known, config.head_dim)),
+        codecs=tuple(known for known in map(codec, ACCEPTED_CODECS) if _fits(known, config.head_dim)),
     )
 
 

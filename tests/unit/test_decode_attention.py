@@ -1,0 +1,139 @@
+"""Attention over mixed pages against a dense float64 reference of the same decoded cache."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from hma_serve.decode import attention
+from hma_serve.decode.attention import Span, TorchPagedAttention
+from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
+from hma_serve.quant import codec
+
+KV_HEADS, HEAD_DIM = 2, 32
+FORMATS = ("f32", "bf16", "tt_bfp8_b")
+
+
+@dataclass
+class Cached:
+    """A sequence in the pool, and what its pages mean."""
+
+    pages: Reservation
+    length: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def make_pool(dtype: torch.dtype = torch.float32) -> PagePool:
+    geometry = KvGeometry(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    pool = PagePool(geometry, packed_formats=FORMATS, plain_dtype=dtype, capacity_tokens=8000)
+    # What nobody wrote must never matter, whatever bits it has.
+    pool._memory.fill_(0xFF)
+    return pool
+
+
+def cached(pool: PagePool, layer: int, k_format: str, v_format: str, groups: int, plain: int, total: int) -> Cached:
+    """A sequence of `groups` packed groups and `plain` tokens behind them, all with random KV."""
+    need = Need.of(packed_tokens=groups * 32, total_tokens=total, k_format=k_format, v_format=v_format)
+    pages = pool.reserve(need)
+    pool.clear(torch.cat([pages.plain_k, pages.plain_v]))
+    tensors = []
+    for page_format, packed, plains in (
+        (k_format, pages.packed_k, pages.plain_k),
+        (v_format, pages.packed_v, pages.plain_v),
+    ):
+        decoded = torch.empty(KV_HEADS, 0, HEAD_DIM)
+        if groups:
+            units = codec(page_format).encode(torch.randn(KV_HEADS, groups * 32, HEAD_DIM))
+            pool.packed(page_format, layer)[packed] = units.transpose(0, 1)
+            decoded = codec(page_format).decode(units)
+        rest = torch.randn(KV_HEADS, plain, HEAD_DIM).to(pool.plain_dtype)
+        for token in range(plain):
+            pool.plain(layer)[plains[token // 32], :, token % 32] = rest[:, token]
+        tensors.append(torch.cat([decoded, rest.float()], dim=1))
+    return Cached(pages, groups * 32 + plain, tensors[0], tensors[1])
+
+
+def expected(sequence: Cached, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense causal attention in float64: q, k, v [count, heads, head_dim]."""
+    keys = torch.cat([sequence.keys, k.float().transpose(0, 1)], dim=1).double()
+    values = torch.cat([sequence.values, v.float().transpose(0, 1)], dim=1).double()
+    size = q.shape[1] // KV_HEADS
+    keys, values = keys.repeat_interleave(size, 0), values.repeat_interleave(size, 0)
+    scores = torch.einsum("thd,hsd->hts", q.double(), keys) * HEAD_DIM**-0.5
+    positions = sequence.length + torch.arange(q.shape[0])
+    hidden = torch.arange(keys.shape[1]) > positions[:, None]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("hts,hsd->thd", weights, values)
+
+
+def check(pool: PagePool, layer: int, heads: int, sequences: list[Cached], counts: list[int], limit: float) -> None:
+    tokens = sum(counts)
+    q = torch.randn(tokens, heads, HEAD_DIM).to(pool.plain_dtype)
+    k, v = (torch.randn(tokens, KV_HEADS, HEAD_DIM).to(pool.plain_dtype) for _ in range(2))
+    spans = [Span(s.pages, s.length, count) for s, count in zip(sequences, counts, strict=True)]
+    out = TorchPagedAttention(pool, heads).plan(spans)(layer, q, k, v)
+    assert out.dtype == q.dtype
+    assert out.shape == q.shape
+    row = 0
+    for sequence, count in zip(sequences, counts, strict=True):
+        rows = slice(row, row + count)
+        wanted = expected(sequence, q[rows], k[rows], v[rows])
+        error = (out[rows].double() - wanted).norm() / wanted.norm()
+        assert error < limit
+        row += count
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 5, 8])
+@pytest.mark.parametrize("page_format", FORMATS)
+def test_mixed_pages_equal_dense_attention(page_format: str, group_size: int) -> None:
+    torch.manual_seed(group_size)
+    pool = make_pool()
+    lengths = [(0, 0), (0, 5), (1, 0), (3, 31), (7, 32), (2, 77)]
+    sequences = [cached(pool, 1, page_format, page_format, g, p, g * 32 + p + 40) for g, p in lengths]
+    # Single tokens together, then several tokens of a sequence at once.
+    check(pool, 1, KV_HEADS * group_size, sequences, [1] * len(sequences), 2e-6)
+    check(pool, 1, KV_HEADS * group_size, sequences, [1, 1, 32, 17, 1, 3], 2e-6)
+
+
+def test_formats_mix_in_one_batch_and_within_a_sequence() -> None:
+    torch.manual_seed(0)
+    pool = make_pool()
+    sequences = [cached(pool, 0, k, v, 2, 9, 120) for k in FORMATS for v in FORMATS]
+    check(pool, 0, 2 * KV_HEADS, sequences, [1] * len(sequences), 2e-6)
+
+
+def test_the_result_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    sequences = [cached(pool, 0, "tt_bfp8_b", "tt_bfp8_b", groups, 40, groups * 32 + 80) for groups in (1, 9, 30)]
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 3 * KV_HEADS * 32 * HEAD_DIM * 4)
+    check(pool, 0, 2 * KV_HEADS, sequences, [1, 1, 1], 2e-6)
+    check(pool, 0, 2 * KV_HEADS, sequences, [1, 4, 32], 2e-6)
+
+
+def test_bfloat16_pages() -> None:
+    torch.manual_seed(1)
+    pool = make_pool(torch.bfloat16)
+    sequences = [cached(pool, 0, "tt_bfp8_b", "bf16", 4, 20, 200), cached(pool, 0, "f32", "f32", 1, 3, 90)]
+    check(pool, 0, 4 * KV_HEADS, sequences, [1, 1], 4e-3)
+
+
+def test_page_tables_are_reused_and_renewed_across_pages() -> None:
+    """Forty single steps through three pages of two sequences: tables change when pages do, and only then."""
+    torch.manual_seed(2)
+    pool, heads = make_pool(), 2 * KV_HEADS
+    paged = TorchPagedAttention(pool, heads)
+    sequences = [cached(pool, 0, "f32", "f32", 1, 0, 110), cached(pool, 0, "f32", "f32", 0, 20, 110)]
+    for step in range(40):
+        q = torch.randn(2, heads, HEAD_DIM)
+        k, v = torch.randn(2, KV_HEADS, HEAD_DIM), torch.randn(2, KV_HEADS, HEAD_DIM)
+        plan = paged.plan([Span(s.pages, s.length, 1) for s in sequences])
+        out = plan(0, q, k, v)
+        for row, sequence in enumerate(sequences):
+            rows = slice(row, row + 1)
+            torch.testing.assert_close(
+                out[rows].double(), expected(sequence, q[rows], k[rows], v[rows]), rtol=1e-4, atol=1e-5, msg=f"{step=}"
+            )
+            sequence.keys = torch.cat([sequence.keys, k[rows].transpose(0, 1)], dim=1)
+            sequence.values = torch.cat([sequence.values, v[rows].transpose(0, 1)], dim=1)
+            sequence.length += 1

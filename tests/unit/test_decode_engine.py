@@ -1,0 +1,355 @@
+"""The engine without a model: admission, tickets, blocks, steps and clean-up, by its messages alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.pages import KvGeometry, PagePool
+from hma_serve.decode.scheduler import Scheduler, Share
+from hma_serve.decode.tickets import TicketTable
+from hma_serve.internal.v1 import decode_engine_pb2 as pb
+from hma_serve.ipc import Arena
+from hma_serve.quant import codec
+from hma_serve.v1 import common_pb2, kv_block_pb2
+
+LAYERS, KV_HEADS, HEAD_DIM, VOCAB, EOS = 2, 2, 32, 300, 2
+LEASE = 30.0
+ROLES = (kv_block_pb2.KV_ROLE_K, kv_block_pb2.KV_ROLE_V)
+UNIT = codec("tt_bfp8_b").group_bytes(HEAD_DIM)
+
+
+class NextNumber:
+    """A model whose next token is the last one plus one."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[int, int]]] = []
+
+    def run(self, shares: Sequence[Share]) -> torch.Tensor:
+        self.steps.append([(share.sequence.stream, share.count) for share in shares])
+        rows = [share.sequence.tokens[-1] + 1 for share in shares if share.samples]
+        logits = torch.zeros(len(rows), VOCAB)
+        logits[range(len(rows)), rows] = 10.0
+        return logits
+
+
+class Harness:
+    """An engine with its ends in hand."""
+
+    def __init__(self, capacity: int = 2000, max_running: int = 3) -> None:
+        self.now = 500.0
+        self.events: list[pb.DecodeEngineEvent] = []
+        self.runner = NextNumber()
+        self.arena = Arena.create(4, 1 << 16)
+        self.pool = PagePool(
+            KvGeometry(LAYERS, KV_HEADS, HEAD_DIM),
+            packed_formats=["f32", "bf16", "tt_bfp8_b"],
+            plain_dtype=torch.float32,
+            capacity_tokens=capacity,
+        )
+        self.engine = Engine(
+            pool=self.pool,
+            runner=self.runner,
+            tickets=TicketTable(lease=LEASE, clock=lambda: self.now),
+            scheduler=Scheduler(64),
+            limits=EngineLimits(max_running, frozenset({EOS}), VOCAB),
+            arena=self.arena,
+            emit=lambda *events: self.events.extend(events),
+            clock=lambda: self.now,
+            mint_seed=lambda: 1,
+        )
+
+    def turn(self, *commands: pb.DecodeEngineCommand) -> list[pb.DecodeEngineEvent]:
+        """One turn; its events without the load's."""
+        self.events.clear()
+        self.patience = self.engine.turn(commands)
+        return [event for event in self.events if not event.HasField("load")]
+
+    def admit(self, stream: int, prompt: int = 70, packed: int = 64, *, epoch: int = 1, **extra: Any) -> bytes:
+        (event,) = [e for e in self.turn(admit(stream, prompt, packed, epoch=epoch, **extra)) if not e.HasField("step")]
+        assert event.HasField("admitted"), event
+        return event.admitted.nonce
+
+    def failure(
+        self, events: list[pb.DecodeEngineEvent], kind: Literal["failed", "push_failed"] = "failed"
+    ) -> common_pb2.ErrorDetail:
+        (event,) = [event for event in events if event.HasField(kind)]
+        detail: common_pb2.ErrorDetail = getattr(event, kind).error
+        return detail
+
+    def fill(self, push: int, *, groups: int = 2, skip_last: bool = False) -> list[pb.DecodeEngineEvent]:
+        """Sends all blocks of a prompt, one per layer, role and head; the bytes say which."""
+        commands = []
+        events = []
+        for layer in range(LAYERS):
+            for role in ROLES:
+                for head in range(KV_HEADS):
+                    if skip_last and (layer, role, head) == (LAYERS - 1, ROLES[1], KV_HEADS - 1):
+                        continue
+                    self.arena.slot(0, groups * UNIT)[:] = bytes([marker(layer, role, head)]) * (groups * UNIT)
+                    commands = [block(push, 0, layer, role, head, groups)]
+                    events += self.turn(*commands)
+        return events
+
+
+def marker(layer: int, role: int, head: int) -> int:
+    return 100 * layer + 10 * role + head
+
+
+def admit(
+    stream: int, prompt: int, packed: int, *, epoch: int = 1, max_tokens: int = 4, deadline: float = 0, emitted: int = 0
+) -> pb.DecodeEngineCommand:
+    sampling = common_pb2.SamplingParams(temperature=0.0)
+    return pb.DecodeEngineCommand(
+        admit=pb.DecodeAdmit(
+            stream=stream,
+            epoch=epoch,
+            prompt_token_ids=range(10, 10 + prompt),
+            emitted_token_ids=range(10 + prompt, 10 + prompt + emitted),
+            packed_tokens=packed,
+            k_codec="tt_bfp8_b" if packed else "",
+            v_codec="tt_bfp8_b" if packed else "",
+            sampling=sampling,
+            stop=common_pb2.StopConditions(max_tokens=max_tokens),
+            deadline_ns=int(deadline * 1e9),
+        )
+    )
+
+
+def attach(
+    push: int, nonce: bytes, *, epoch: int = 1, tokens: int = 64, v_codec: str = "tt_bfp8_b"
+) -> pb.DecodeEngineCommand:
+    return pb.DecodeEngineCommand(
+        attach=pb.DecodeAttach(
+            push=push, nonce=nonce, epoch=epoch, k_codec="tt_bfp8_b", v_codec=v_codec, token_start=0, token_count=tokens
+        )
+    )
+
+
+def block(push: int, slot: int, layer: int, role: int, head: int, groups: int) -> pb.DecodeEngineCommand:
+    return pb.DecodeEngineCommand(
+        block=pb.DecodeBlock(
+            push=push,
+            slot=slot,
+            length=groups * UNIT,
+            layer=layer,
+            role=kv_block_pb2.KvRole.ValueType(role),
+            head_start=head,
+            head_count=1,
+            group_start=0,
+            group_count=groups,
+        )
+    )
+
+
+def end_push(push: int) -> pb.DecodeEngineCommand:
+    return pb.DecodeEngineCommand(end_push=pb.DecodeEndPush(push=push))
+
+
+def detach(push: int) -> pb.DecodeEngineCommand:
+    return pb.DecodeEngineCommand(detach=pb.DecodeDetach(push=push))
+
+
+def close(stream: int) -> pb.DecodeEngineCommand:
+    return pb.DecodeEngineCommand(close=pb.DecodeClose(stream=stream))
+
+
+def outputs(events: list[pb.DecodeEngineEvent]) -> list[pb.DecodeStreamOutput]:
+    return [output for event in events if event.HasField("step") for output in event.step.outputs]
+
+
+@pytest.fixture
+def harness() -> Iterator[Harness]:
+    made = Harness()
+    yield made
+    made.pool.check_integrity()
+    made.arena.close()
+
+
+def test_a_prompt_without_packed_tokens_runs_at_once(harness: Harness) -> None:
+    produced = outputs(harness.turn(admit(1, 5, 0)))
+    while harness.patience == 0:
+        produced += outputs(harness.turn())
+    assert produced[0].HasField("started")
+    assert [token for output in produced for token in output.tokens.token_ids] == [15, 16, 17, 18]
+    finished = produced[-1].finished
+    assert finished.reason == common_pb2.FINISH_REASON_LENGTH
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (5, 4)
+    assert harness.pool.used_tokens == 0
+    assert harness.patience is None
+
+
+def test_nothing_is_sampled_before_the_commit(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    landed = harness.fill(9)
+    assert [event.WhichOneof("event") for event in landed] == ["landed"] * (LAYERS * 2 * KV_HEADS)
+    assert harness.runner.steps == []
+    events = harness.turn(end_push(9))
+    assert [event.WhichOneof("event") for event in events] == ["committed", "step"]
+    # The packed tokens are not computed again: only the last six of the prompt are.
+    assert harness.runner.steps == [[(1, 6)]]
+    assert list(outputs(events)[0].tokens.token_ids) == [80]
+
+
+def test_blocks_land_in_the_pages_byte_for_byte(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    harness.fill(9)
+    pages = harness.engine._streams[1].sequence.pages
+    for layer in range(LAYERS):
+        for role, places in zip(ROLES, (pages.packed_k, pages.packed_v), strict=True):
+            stored = harness.pool.packed("tt_bfp8_b", layer)[places]
+            for head in range(KV_HEADS):
+                assert (stored[:, head] == marker(layer, role, head)).all()
+
+
+def test_a_hole_is_never_committed(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    harness.fill(9, skip_last=True)
+    assert harness.failure(harness.turn(end_push(9)), "push_failed").code == "data_loss"
+    assert harness.runner.steps == []
+    # The ticket is empty again: another stream of the same attempt may fill it from the start.
+    harness.turn(detach(9), attach(10, nonce))
+    harness.fill(10)
+    assert harness.turn(end_push(10))[0].HasField("committed")
+
+
+def test_late_blocks_of_a_dead_stream_are_dropped(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    harness.turn(detach(9), attach(10, nonce))
+    harness.fill(10)
+    harness.arena.slot(1, 2 * UNIT)[:] = b"\xee" * (2 * UNIT)
+    (landed,) = harness.turn(block(9, 1, 0, ROLES[0], 0, 2))
+    assert landed.landed.slot == 1
+    pages = harness.engine._streams[1].sequence.pages
+    assert (harness.pool.packed("tt_bfp8_b", 0)[pages.packed_k][:, 0] == marker(0, ROLES[0], 0)).all()
+    assert harness.turn(end_push(9)) == []
+    assert harness.turn(end_push(10))[0].HasField("committed")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "field"),
+    [
+        (lambda nonce: attach(9, bytes(16)), "not_found", "ticket"),
+        (lambda nonce: attach(9, nonce, epoch=2), "failed_precondition", "epoch"),
+        (lambda nonce: attach(9, nonce, tokens=32), "failed_precondition", "manifest.token_count"),
+        (lambda nonce: attach(9, nonce, v_codec="f32"), "failed_precondition", "manifest.codecs"),
+    ],
+)
+def test_foreign_streams_are_refused(
+    harness: Harness, change: Callable[[bytes], pb.DecodeEngineCommand], code: str, field: str
+) -> None:
+    nonce = harness.admit(1)
+    error = harness.failure(harness.turn(change(nonce)), "push_failed")
+    assert (error.code, error.field) == (code, field)
+    assert [event.WhichOneof("event") for event in harness.turn(attach(10, nonce))] == ["attached"]
+
+
+def test_a_second_stream_for_a_ticket_is_refused(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    assert harness.failure(harness.turn(attach(10, nonce)), "push_failed").code == "failed_precondition"
+
+
+def test_full_is_said_at_once(harness: Harness) -> None:
+    for stream in (1, 2, 3):
+        harness.admit(stream)
+    error = harness.failure(harness.turn(admit(4, 70, 64)))
+    assert error.code == "resource_exhausted"
+    assert error.retry_after_seconds > 0
+    harness.turn(close(2))
+    harness.admit(5)
+
+
+def test_memory_is_reserved_before_admission(harness: Harness) -> None:
+    capacity = harness.pool.capacity_tokens
+    harness.admit(1, max_tokens=capacity - 400)
+    assert harness.failure(harness.turn(admit(2, 70, 64, max_tokens=capacity - 400))).code == "resource_exhausted"
+    assert harness.failure(harness.turn(admit(3, 70, 64, max_tokens=2 * capacity))).code == "failed_precondition"
+
+
+def test_a_lease_that_runs_out_fails_the_stream_also_when_idle(harness: Harness) -> None:
+    harness.admit(1)
+    assert harness.patience == LEASE
+    harness.now += LEASE
+    assert harness.failure(harness.turn()).code == "unavailable"
+    assert harness.pool.used_tokens == 0
+
+
+def test_arriving_blocks_and_extend_renew_the_lease(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    for _ in range(4):
+        harness.now += LEASE - 1
+        assert harness.turn(block(9, 0, 0, ROLES[0], 0, 2))[0].HasField("landed")
+    harness.now += LEASE - 1
+    call = pb.DecodeTicketCall(call=5, nonce=nonce, epoch=1)
+    (answer,) = harness.turn(pb.DecodeEngineCommand(extend=call))
+    assert answer.answer.lease_ns == int(LEASE * 1e9)
+    harness.now += LEASE - 1
+    assert harness.turn() == []
+
+
+def test_release_ends_the_stream_and_its_push(harness: Harness) -> None:
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    call = pb.DecodeTicketCall(call=5, nonce=nonce, epoch=1)
+    events = harness.turn(pb.DecodeEngineCommand(release=call))
+    assert {event.WhichOneof("event") for event in events} == {"push_failed", "failed", "answer"}
+    assert harness.pool.used_tokens == 0
+    (again,) = harness.turn(pb.DecodeEngineCommand(release=call))
+    assert again.answer.error.code == "not_found"
+
+
+def test_a_deadline_ends_a_running_stream_between_steps(harness: Harness) -> None:
+    harness.turn(admit(1, 5, 0, max_tokens=100, deadline=harness.now + 10))
+    assert outputs(harness.turn())
+    harness.now += 10
+    steps = len(harness.runner.steps)
+    assert harness.failure(harness.turn()).code == "deadline_exceeded"
+    assert len(harness.runner.steps) == steps
+    assert harness.pool.used_tokens == 0
+
+
+def test_closing_frees_before_the_next_step(harness: Harness) -> None:
+    harness.turn(admit(1, 5, 0, max_tokens=100), admit(2, 5, 0, max_tokens=100))
+    harness.turn(close(1))
+    assert harness.runner.steps[-1] == [(2, 1)]
+    harness.turn(close(2))
+    assert harness.pool.used_tokens == 0
+    assert harness.turn(close(2)) == []
+
+
+def test_emitted_tokens_are_computed_again_and_counted(harness: Harness) -> None:
+    produced = outputs(harness.turn(admit(1, 5, 0, emitted=2)))
+    while harness.patience == 0:
+        produced += outputs(harness.turn())
+    assert harness.runner.steps[0] == [(1, 7)]
+    assert [token for output in produced for token in output.tokens.token_ids] == [17, 18]
+    assert produced[-1].finished.usage.completion_tokens == 4
+
+
+def test_a_long_prompt_is_announced_with_its_first_piece(harness: Harness) -> None:
+    first = outputs(harness.turn(admit(1, 100, 0)))
+    assert [output.HasField("started") for output in first] == [True]
+    assert not first[0].HasField("tokens")
+    second = outputs(harness.turn())
+    assert not second[0].HasField("started")
+    assert list(second[0].tokens.token_ids) == [110]
+
+
+def test_load_is_reported_when_it_changes(harness: Harness) -> None:
+    harness.turn(admit(1, 70, 64))
+    (load,) = [event.load for event in harness.events if event.HasField("load")]
+    assert (load.running, load.waiting) == (0, 1)
+    assert load.kv_used_tokens == harness.pool.used_tokens > 0
+    harness.turn()
+    assert harness.events == []
+    harness.turn(close(1))
+    (load,) = [event.load for event in harness.events if event.HasField("load")]
+    assert (load.running, load.waiting, load.kv_used_tokens) == (0, 0, 0)
