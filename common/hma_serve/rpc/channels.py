@@ -32,7 +32,8 @@ COMMON_OPTIONS: list[tuple[str, Any]] = [
 _CLIENT_OPTIONS: list[tuple[str, Any]] = [
     *COMMON_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # gRPC takes this for the least time that a connection attempt gets.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Workers are addressed one by one; a proxy from the environment would only be in the way.
     ("grpc.enable_http_proxy", 0),
