@@ -1,0 +1,547 @@
+"""A real decode worker, front and engine, fed by the test over gRPC as a router and a prefill worker would."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import httpx
+import pytest
+import torch
+import transformers
+
+from hma_serve.checkpoint import fingerprint
+from hma_serve.core.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    FailedPrecondition,
+    HmaError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from hma_serve.kvblock import StreamWriter, build_manifest, codec, encode_frame, validate_manifest
+from hma_serve.rpc import deadline_in, from_error_detail, from_rpc_error
+from hma_serve.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    kv_block_pb2,
+    kv_transfer_pb2,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from support.cluster import alive, descendants
+from support.reference import reference_generate, reference_packed_kv
+from support.tiny_qwen3 import make_tiny_checkpoint
+
+LAYERS, KV_HEADS, HEAD_DIM, VOCAB, WINDOW, MAX_RUNNING = 3, 2, 32, 320, 1024, 6
+THETA = 10000.0
+NEW_TOKENS = 8
+START_SECONDS = 60.0
+LEASE = 2.0
+ROPE = kv_block_pb2.KvRope(pairing=kv_block_pb2.KV_ROPE_PAIRING_HALF_SPLIT, theta=THETA)
+CODECS = {"f32": "f32", "tt_bfp8": "tt_bfp8_b"}
+_SERVING = re.compile(r"gRPC (\S+), HTTP (\S+);")
+
+
+@dataclass
+class Worker:
+    """A running `hma-serve decode`."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    address: str = ""
+    http: str = ""
+
+    def wait_serving(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if found := _SERVING.search(line):
+                self.address, self.http = found.groups()
+                break
+        else:
+            raise AssertionError("".join(self.lines))
+        self.drainer = threading.Thread(target=self.lines.extend, args=(self.process.stderr,), daemon=True)
+        self.drainer.start()
+
+    @property
+    def engine_pid(self) -> int:
+        (pid,) = descendants(self.process.pid)
+        return pid
+
+
+@contextlib.contextmanager
+def running_worker(checkpoint: Path, *arguments: str) -> Iterator[Worker]:
+    command = [sys.executable, "-m", "hma_serve.cli.main", "decode", "--model", str(checkpoint), "--etcd", "none"]
+    command += ["--listen", "127.0.0.1:0", "--threads", "1", "--dtype", "float32", "--max-running", str(MAX_RUNNING)]
+    command += ["--kv-lease", str(LEASE), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    watchdog = threading.Timer(START_SECONDS, process.kill)
+    watchdog.start()
+    worker = Worker(process)
+    try:
+        worker.wait_serving()
+        watchdog.cancel()
+        yield worker
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        worker.drainer.join(5)
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "tiny",
+        layers=LAYERS,
+        heads=8,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab=VOCAB,
+        max_position_embeddings=WINDOW,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(checkpoint: Path) -> Iterator[Worker]:
+    with running_worker(checkpoint) as made:
+        yield made
+
+
+class Client:
+    """The calls of a router and of a prefill worker."""
+
+    def __init__(self, channel: grpc.aio.Channel, checkpoint: Path) -> None:
+        self.channel = channel
+        self.checkpoint = checkpoint
+        self.decode = decode_pb2_grpc.DecodeStub(channel)
+        self.worker = worker_pb2_grpc.WorkerStub(channel)
+
+    def request(
+        self, prompt: Sequence[int], packed: int = 0, profile: str = "f32", **stop: Any
+    ) -> decode_pb2.DecodeGenerateRequest:
+        spec = codec(CODECS[profile]).spec()
+        offer = decode_pb2.KvOffer(
+            model_fingerprint=fingerprint(self.checkpoint),
+            k_codec=spec,
+            v_codec=spec,
+            rope=ROPE,
+            producer_instance="test",
+        )
+        return decode_pb2.DecodeGenerateRequest(
+            context=common_pb2.RequestContext(request_id="test", epoch=1, deadline=deadline_in(60)),
+            prompt_token_ids=prompt,
+            packed_tokens=packed,
+            offer=offer if packed else None,
+            sampling=common_pb2.SamplingParams(temperature=0.0),
+            stop=common_pb2.StopConditions(**({"max_tokens": NEW_TOKENS, "ignore_eos": True} | stop)),
+        )
+
+    async def generate(
+        self, request: decode_pb2.DecodeGenerateRequest, profile: str = "f32"
+    ) -> list[decode_pb2.DecodeGenerateResponse]:
+        """Both legs of a request; all responses."""
+        call = self.decode.Generate(request, timeout=60)
+        responses = [await call.read()]
+        if request.packed_tokens:
+            await self.push(request.prompt_token_ids[: request.packed_tokens], responses[0].ticket, profile)
+        return responses + await rest(call)
+
+    async def push(
+        self,
+        tokens: Sequence[int],
+        ticket: decode_pb2.Ticket,
+        profile: str = "f32",
+        *,
+        epoch: int | None = None,
+        change: Callable[[list[bytes]], list[bytes]] = lambda frames: frames,
+        **manifest: Any,
+    ) -> list[kv_transfer_pb2.PushResponse]:
+        """Sends a prompt's KV as the reference computes it; all responses."""
+        frames = self.frames(tokens, ticket.nonce, ticket.epoch if epoch is None else epoch, profile, **manifest)
+        method = self.channel.stream_stream(
+            "/hma_serve.v1.KvTransfer/Push",
+            request_serializer=lambda frame: frame,
+            response_deserializer=kv_transfer_pb2.PushResponse.FromString,
+        )
+        return [response async for response in method(change(frames), timeout=30)]
+
+    def frames(self, tokens: Sequence[int], nonce: bytes, epoch: int, profile: str, **manifest: Any) -> list[bytes]:
+        described = build_manifest(
+            **{
+                "model_fingerprint": fingerprint(self.checkpoint),
+                "layers": LAYERS,
+                "kv_heads": KV_HEADS,
+                "head_dim": HEAD_DIM,
+                "k_codec": codec(CODECS[profile]),
+                "token_start": 0,
+                "token_count": len(tokens),
+                "rope": ROPE,
+                "qk_norm": True,
+            }
+            | manifest
+        )
+        opened = kv_transfer_pb2.PushOpen(
+            ticket=nonce, epoch=epoch, transports=[kv_transfer_pb2.TRANSPORT_GRPC], manifest=described
+        )
+        frames = [encode_frame(kv_transfer_pb2.PushHeader(open=opened))]
+        writer = StreamWriter(validate_manifest(described), nonce, epoch)
+        for layer, roles in enumerate(reference_packed_kv(self.checkpoint, profile, tokens)):
+            for role, packed in zip((kv_block_pb2.KV_ROLE_K, kv_block_pb2.KV_ROLE_V), roles, strict=True):
+                frames += writer.frames(layer, role, packed.numpy(), token_start=0, max_payload=20_000)
+        end = kv_transfer_pb2.PushEnd(blocks=writer.sent)
+        return [*frames, encode_frame(kv_transfer_pb2.PushHeader(end=end))]
+
+    async def load(self, settled: Callable[[worker_pb2.WorkerLoad], bool]) -> worker_pb2.WorkerLoad:
+        """The first load for which `settled` holds."""
+        call = self.worker.WatchLoad(worker_pb2.WatchLoadRequest(), timeout=20)
+        try:
+            async for response in call:
+                if settled(response.load):
+                    return response.load
+        finally:
+            call.cancel()
+        raise AssertionError("the load's stream ended")
+
+    async def idle(self) -> worker_pb2.WorkerLoad:
+        return await self.load(lambda load: not (load.running or load.waiting or load.kv_used_tokens))
+
+
+@contextlib.asynccontextmanager
+async def connected(worker: Worker, checkpoint: Path) -> AsyncIterator[Client]:
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        yield Client(channel, checkpoint)
+
+
+@pytest.fixture
+async def client(worker: Worker, checkpoint: Path) -> AsyncIterator[Client]:
+    async with connected(worker, checkpoint) as made:
+        yield made
+        await made.idle()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+async def rest(call: Any) -> list[decode_pb2.DecodeGenerateResponse]:
+    """Everything up to the stream's end."""
+    responses = []
+    while isinstance(response := await call.read(), decode_pb2.DecodeGenerateResponse):
+        responses.append(response)
+    return responses
+
+
+def emitted(responses: Sequence[decode_pb2.DecodeGenerateResponse]) -> list[int]:
+    return [token for response in responses for token in response.tokens.token_ids]
+
+
+async def refusal(call: Any) -> HmaError:
+    with pytest.raises(grpc.RpcError) as refused:
+        await call
+    return from_rpc_error(refused.value)
+
+
+async def refused_push(responses: Any) -> HmaError:
+    """The error of a stream that ended with exactly one refusal."""
+    received = await responses
+    assert received[-1].WhichOneof("event") == "refused"
+    assert all(response.WhichOneof("event") in ("accepted", "ack") for response in received[:-1])
+    return from_error_detail(received[-1].refused.error)
+
+
+def by_transformers(checkpoint: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    results = []
+    for tokens in prompts:
+        ids = torch.tensor([tokens])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
+        results.append(out[0, len(tokens) :].tolist())
+    return results
+
+
+async def test_greedy_tokens_equal_those_of_transformers(client: Client, checkpoint: Path) -> None:
+    lengths = [(1, 0), (33, 32), (65, 64), (100, 96), (100, 0), (300, 288)]
+    prompts = [prompt(length, seed) for seed, (length, _) in enumerate(lengths)]
+    requests = [client.request(tokens, packed) for tokens, (_, packed) in zip(prompts, lengths, strict=True)]
+    together = await asyncio.gather(*map(client.generate, requests))
+    assert [emitted(responses) for responses in together] == by_transformers(checkpoint, prompts)
+    for responses, tokens in zip(together, prompts, strict=True):
+        kinds = [response.WhichOneof("event") for response in responses]
+        assert kinds[:2] == ["ticket", "started"]
+        assert set(kinds[2:-1]) == {"tokens"}
+        finished = responses[-1].finished
+        assert finished.reason == common_pb2.FINISH_REASON_LENGTH
+        assert finished.usage == common_pb2.Usage(prompt_tokens=len(tokens), completion_tokens=NEW_TOKENS)
+
+
+async def test_quantised_prompts_equal_the_reference(client: Client, checkpoint: Path) -> None:
+    tokens = prompt(140)
+    responses = await client.generate(client.request(tokens, 128, "tt_bfp8"), "tt_bfp8")
+    assert emitted(responses) == reference_generate(checkpoint, "tt_bfp8", tokens, NEW_TOKENS)
+
+
+async def test_a_migrated_request_goes_on_where_it_stopped(client: Client, checkpoint: Path) -> None:
+    tokens = prompt(70)
+    (whole,) = by_transformers(checkpoint, [tokens])
+    request = client.request(tokens, 64)
+    request.emitted_token_ids.extend(whole[:3])
+    responses = await client.generate(request)
+    assert emitted(responses) == whole[3:]
+    assert responses[-1].finished.usage.completion_tokens == NEW_TOKENS
+
+
+async def test_a_seed_gives_the_same_tokens_alone_and_in_company(client: Client) -> None:
+    request = client.request(prompt(40), max_tokens=12)
+    request.sampling.temperature, request.sampling.seed, request.sampling.top_p = 1.2, 99, 0.9
+    alone = emitted(await client.generate(request))
+    together = await asyncio.gather(
+        *(client.generate(r) for r in (request, client.request(prompt(50)), request, client.request(prompt(3))))
+    )
+    assert emitted(together[0]) == emitted(together[2]) == alone
+
+
+async def test_stop_tokens_end_the_stream_and_are_not_among_the_tokens(client: Client, checkpoint: Path) -> None:
+    tokens = prompt(70)
+    (whole,) = by_transformers(checkpoint, [tokens])
+    place = next(place for place, token in enumerate(whole) if place and token not in whole[:place])
+    responses = await client.generate(client.request(tokens, 64, stop_token_ids=[whole[place]]))
+    assert emitted(responses) == whole[:place]
+    assert responses[-1].finished.reason == common_pb2.FINISH_REASON_STOP
+    assert responses[-1].finished.stop_token_id == whole[place]
+
+
+async def test_logprobs_come_with_every_token(client: Client) -> None:
+    request = client.request(prompt(10))
+    request.sampling.logprobs = 2
+    logprobs = [entry for response in await client.generate(request) for entry in response.tokens.logprobs]
+    assert len(logprobs) == NEW_TOKENS
+    for entry in logprobs:
+        assert entry.chosen == entry.top[0]
+        assert entry.top[0].logprob >= entry.top[1].logprob
+
+
+async def test_a_cancelled_stream_gives_its_pages_back(client: Client) -> None:
+    call = client.decode.Generate(client.request(prompt(20), max_tokens=900), timeout=60)
+    assert (await call.read()).HasField("ticket")
+    assert (await client.load(lambda load: load.running == 1)).kv_used_tokens >= 920
+    call.cancel()
+    assert (await client.idle()).kv_used_tokens == 0
+
+
+async def test_cancelling_before_the_kv_refuses_its_stream(client: Client) -> None:
+    request = client.request(prompt(70), 64)
+    call = client.decode.Generate(request, timeout=60)
+    ticket = (await call.read()).ticket
+    assert (await client.load(lambda load: load.waiting == 1)).kv_used_tokens > 0
+    call.cancel()
+    await client.idle()
+    error = await refused_push(client.push(request.prompt_token_ids[:64], ticket))
+    assert isinstance(error, NotFound)
+
+
+async def test_a_deadline_ends_the_stream(client: Client) -> None:
+    request = client.request(prompt(20), max_tokens=1000)
+    request.context.deadline.CopyFrom(deadline_in(0.3))
+    with pytest.raises(grpc.RpcError) as ended:
+        await client.generate(request)
+    assert isinstance(from_rpc_error(ended.value), DeadlineExceeded)
+
+
+async def test_a_lease_without_kv_runs_out_and_extend_renews_it(client: Client) -> None:
+    call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
+    ticket = (await call.read()).ticket
+    extend = decode_pb2.ExtendRequest(nonce=ticket.nonce, epoch=1)
+    began = asyncio.get_running_loop().time()
+    await asyncio.sleep(LEASE / 2)
+    assert (await client.decode.Extend(extend)).lease == ticket.lease
+    assert isinstance(await refusal(call.read()), Unavailable)
+    assert asyncio.get_running_loop().time() - began >= 1.5 * LEASE - 0.1
+    assert isinstance(await refusal(client.decode.Extend(extend)), NotFound)
+
+
+async def test_release_is_idempotent(client: Client) -> None:
+    call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
+    ticket = (await call.read()).ticket
+    release = decode_pb2.ReleaseRequest(nonce=ticket.nonce, epoch=1)
+    await client.decode.Release(release)
+    await client.decode.Release(release)
+    assert isinstance(await refusal(call.read()), Unavailable)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "field"),
+    [
+        (lambda r: r.ClearField("prompt_token_ids"), InvalidArgument, "prompt_token_ids"),
+        (lambda r: r.prompt_token_ids.append(VOCAB), InvalidArgument, "prompt_token_ids"),
+        (lambda r: r.emitted_token_ids.extend([5] * NEW_TOKENS), InvalidArgument, "emitted_token_ids"),
+        (lambda r: setattr(r, "packed_tokens", 40), InvalidArgument, "packed_tokens"),
+        (lambda r: setattr(r, "packed_tokens", 96), InvalidArgument, "packed_tokens"),
+        (lambda r: r.ClearField("offer"), InvalidArgument, "offer"),
+        (lambda r: setattr(r.stop, "max_tokens", WINDOW), ContextLengthExceeded, "prompt_token_ids"),
+        (lambda r: setattr(r.sampling, "top_p", 0.0), InvalidArgument, "top_p"),
+        (lambda r: r.sampling.logit_bias.update({VOCAB: 1.0}), InvalidArgument, "sampling.logit_bias"),
+        (lambda r: setattr(r.offer, "model_fingerprint", "0" * 64), FailedPrecondition, "model_fingerprint"),
+        (lambda r: setattr(r.offer.rope, "theta", 1e6), FailedPrecondition, "rope.theta"),
+        (lambda r: r.context.deadline.FromSeconds(1), DeadlineExceeded, "context.deadline"),
+    ],
+)
+async def test_wrong_requests_are_refused_before_a_ticket(
+    client: Client, change: Callable[[decode_pb2.DecodeGenerateRequest], None], kind: type[HmaError], field: str
+) -> None:
+    request = client.request(prompt(70), 64)
+    change(request)
+    error = await refusal(client.decode.Generate(request, timeout=20).read())
+    assert type(error) is kind
+    assert error.field.endswith(field)
+
+
+async def test_full_is_refused_at_once_and_only_while_it_is_full(client: Client) -> None:
+    calls = [client.decode.Generate(client.request(prompt(70), 64), timeout=60) for _ in range(MAX_RUNNING)]
+    for call in calls:
+        assert (await call.read()).HasField("ticket")
+    error = await refusal(client.decode.Generate(client.request(prompt(5)), timeout=20).read())
+    assert isinstance(error, ResourceExhausted)
+    assert error.retry_after is not None
+    for call in calls:
+        call.cancel()
+    await client.idle()
+    assert len(emitted(await client.generate(client.request(prompt(5))))) == NEW_TOKENS
+
+
+def flipped(frames: list[bytes]) -> list[bytes]:
+    damaged = bytearray(frames[3])
+    damaged[-1] ^= 1
+    return [*frames[:3], bytes(damaged), *frames[4:]]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (flipped, "checksum_mismatch"),
+        (lambda frames: [*frames[:3], *frames[2:]], "wrong_sequence"),
+        (lambda frames: [*frames[:3], *frames[4:]], "wrong_sequence"),
+        (lambda frames: [*frames[:4], frames[-1]], "wrong_block_count"),
+        (lambda frames: [frames[0], b"\xff" * 40], "malformed_frame"),
+        (lambda frames: [*frames[:3], frames[3][:-5]], "malformed_frame"),
+        (lambda frames: frames[1:], "failed_precondition"),
+        (lambda frames: [frames[0], frames[0]], "failed_precondition"),
+        (lambda frames: frames[:-1], "unavailable"),
+    ],
+)
+async def test_broken_streams_are_refused_counted_and_leave_the_ticket_empty(
+    client: Client, worker: Worker, checkpoint: Path, change: Callable[[list[bytes]], list[bytes]], rule: str
+) -> None:
+    tokens = prompt(70)
+    call = client.decode.Generate(client.request(tokens, 64), timeout=60)
+    ticket = (await call.read()).ticket
+    await refused_push(client.push(tokens[:64], ticket, change=change))
+    async with httpx.AsyncClient() as http:
+        assert f'pushes_refused_total{{rule="{rule}"}}' in (await http.get(f"http://{worker.http}/metrics")).text
+    # Nothing of it was read: the attempt goes on with a proper stream.
+    pushed = await client.push(tokens[:64], ticket)
+    assert pushed[-1].committed.blocks > 0
+    assert emitted(await rest(call)) == by_transformers(checkpoint, [tokens])[0]
+
+
+async def test_streams_for_another_attempt_ticket_or_model_are_refused(client: Client) -> None:
+    tokens = prompt(70)
+    call = client.decode.Generate(client.request(tokens, 64), timeout=60)
+    ticket = (await call.read()).ticket
+    stale = await refused_push(client.push(tokens[:64], ticket, epoch=2))
+    assert (type(stale), stale.field) == (FailedPrecondition, "epoch")
+    unknown = await refused_push(client.push(tokens[:64], decode_pb2.Ticket(nonce=bytes(16), epoch=1)))
+    assert isinstance(unknown, NotFound)
+    other = await refused_push(client.push(tokens[:64], ticket, model_fingerprint="0" * 64))
+    assert (type(other), other.field) == (FailedPrecondition, "model_fingerprint")
+    shorter = await refused_push(client.push(tokens[:32], ticket))
+    assert (type(shorter), shorter.field) == (FailedPrecondition, "manifest.token_count")
+    codecs = await refused_push(client.push(tokens[:64], ticket, "tt_bfp8"))
+    assert (type(codecs), codecs.field) == (FailedPrecondition, "manifest.codecs")
+    call.cancel()
+
+
+async def test_acks_count_what_is_in_pages_and_credit_never_falls(client: Client) -> None:
+    tokens = prompt(300)
+    call = client.decode.Generate(client.request(tokens, 288), timeout=60)
+    ticket = (await call.read()).ticket
+    responses = await client.push(tokens[:288], ticket)
+    assert responses[0].accepted.transport == kv_transfer_pb2.TRANSPORT_GRPC
+    acks = [response.ack for response in responses[1:-1]]
+    credits_granted = [responses[0].accepted.credit_bytes, *(ack.credit_bytes for ack in acks)]
+    assert credits_granted == sorted(credits_granted)
+    assert [ack.blocks for ack in acks] == sorted({ack.blocks for ack in acks})
+    committed = responses[-1].committed
+    assert committed.payload_bytes == LAYERS * 2 * 288 * KV_HEADS * HEAD_DIM * 4
+    assert committed.blocks >= acks[-1].blocks
+    assert len(await rest(call)) > 0
+
+
+async def test_the_worker_describes_itself(client: Client, worker: Worker, checkpoint: Path) -> None:
+    described = (await client.worker.Describe(worker_pb2.DescribeRequest())).worker
+    assert described.role == worker_pb2.WORKER_ROLE_DECODE
+    assert described.address == worker.address
+    assert described.model.fingerprint == fingerprint(checkpoint)
+    assert described.limits.max_model_len == WINDOW
+    assert described.limits.kv_capacity_tokens >= WINDOW
+    assert [spec.id for spec in described.codecs] == [
+        kv_block_pb2.KV_CODEC_ID_F32,
+        kv_block_pb2.KV_CODEC_ID_BF16,
+        kv_block_pb2.KV_CODEC_ID_TT_BFP8_B,
+    ]
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"http://{worker.http}/ready")).status_code == 200
+
+
+async def test_sigterm_finishes_streams_and_leaves_with_status_0(checkpoint: Path) -> None:
+    with running_worker(checkpoint) as leaving:
+        async with connected(leaving, checkpoint) as client:
+            call = client.decode.Generate(client.request(prompt(5), max_tokens=400), timeout=60)
+            assert (await call.read()).HasField("ticket")
+            leaving.process.send_signal(signal.SIGTERM)
+            await client.load(lambda load: load.state == worker_pb2.WORKER_STATE_DRAINING)
+            error = await refusal(client.decode.Generate(client.request(prompt(5)), timeout=20).read())
+            assert isinstance(error, Unavailable)
+            assert len(emitted(await rest(call))) == 400
+        engine = leaving.engine_pid
+        assert leaving.process.wait(20) == 0
+        assert not alive(engine)
+
+
+async def test_a_dead_engine_ends_streams_and_the_process(checkpoint: Path) -> None:
+    with running_worker(checkpoint) as broken:
+        async with connected(broken, checkpoint) as client:
+            call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
+            assert (await call.read()).HasField("ticket")
+            os.kill(broken.engine_pid, signal.SIGKILL)
+            assert isinstance(await refusal(call.read()), Unavailable)
+        assert broken.process.wait(20) not in (0, None)
+
+
+def test_a_dead_front_takes_its_engine_along(checkpoint: Path) -> None:
+    with running_worker(checkpoint) as broken:
+        engine = broken.engine_pid
+        broken.process.kill()
+        broken.process.wait()
+        for _ in range(100):
+            if not alive(engine):
+                break
+            threading.Event().wait(0.05)
+        assert not alive(engine)
