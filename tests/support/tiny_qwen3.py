@@ -112,7 +112,7 @@ def _write_weights(path: Path, config: ModelConfig, seed: int, shards: int, dtyp
     if shards == 1:
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = dict(itertools.islice(weights.items(), shard, None, shards))

@@ -71,7 +71,7 @@ def test_sequences_mix_freely_in_one_flat_batch(tmp_path: Path) -> None:
     caches = [CausalAttention(model.config.num_layers) for _ in range(2)]
 
     def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        parts = zip(caches, *(x.split([9, 20]) for x in (q, k, v)), strict=True)
+        parts = zip(caches, *(torch.split(x, [9, 20]) for x in (q, k, v)), strict=True)
         return torch.cat([cache(layer, *qkv) for cache, *qkv in parts])
 
     positions = torch.cat((torch.arange(9), torch.arange(20)))
@@ -121,7 +121,10 @@ def test_rows_do_not_depend_on_the_chunk_they_are_computed_in(tmp_path: Path) ->
 
     whole = model.forward(token_ids, positions, local)
     for size in (32, 64, 96, 160):
-        parts = [model.forward(t, p, local) for t, p in zip(token_ids.split(size), positions.split(size), strict=True)]
+        parts = [
+            model.forward(t, p, local)
+            for t, p in zip(torch.split(token_ids, size), torch.split(positions, size), strict=True)
+        ]
         assert torch.equal(torch.cat(parts), whole), size
 
 
@@ -147,7 +150,7 @@ def test_gradients_reach_every_parameter(tmp_path: Path) -> None:
         for name, tensor in open_weights(path, config, dtype=torch.float32).items()
     }
     model = Transformer(config, parameters)
-    all_logits(model, prompt(model, 12)).square().mean().backward()
+    torch.autograd.backward(all_logits(model, prompt(model, 12)).square().mean())
     assert [name for name, tensor in parameters.items() if tensor.grad is None or not tensor.grad.any()] == []
 
 

@@ -151,11 +151,11 @@ class ModelConfig:
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     """Names the first feature of the checkpoint that we would otherwise compute wrongly."""
-    architectures = raw.get("architectures") or []
+    architectures, layer_types = _listed(raw, "architectures"), _listed(raw, "layer_types")
     if raw.get("model_type") != "qwen3" or (architectures and ARCHITECTURE not in architectures):
         found = architectures[0] if architectures else raw.get("model_type")
         raise FailedPrecondition(f"unsupported architecture {found!r}: only dense {ARCHITECTURE} is implemented")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+    if raw.get("use_sliding_window") or "sliding_attention" in layer_types:
         raise FailedPrecondition("unsupported: sliding window attention (use_sliding_window)")
     if raw.get("attention_bias"):
         raise FailedPrecondition("unsupported: biases in the attention projections (attention_bias)")
@@ -199,6 +199,13 @@ def _number(raw: Mapping[str, Any], name: str, kind: type[_Number], default: _Nu
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise InvalidArgument(f"model config: {name} must be a number ({kind.__name__}), got {value!r}")
     return kind(value)
+
+
+def _listed(raw: Mapping[str, Any], name: str) -> list[Any]:
+    value = raw.get(name) or []
+    if not isinstance(value, list):
+        raise InvalidArgument(f"model config: {name} must be a list, got {value!r}")
+    return value
 
 
 def _flag(raw: Mapping[str, Any], name: str) -> bool:

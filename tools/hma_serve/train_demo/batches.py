@@ -10,17 +10,21 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
+from hma_serve.train_demo.corpus import read_corpus
 from hma_serve.train_demo.tasks import Passages, Segment, TaskWriter
+from hma_serve.train_demo.vocabulary import train_tokenizer
 
 IGNORED = -100
 _CUE_TOKENS = 6
-_LONGEST_COPY = 160
+_SHORTEST_COPY = 16
+_SLOT = 160
 
 Tokens = npt.NDArray[np.uint16]
 Learned = npt.NDArray[np.bool_]
@@ -85,6 +89,57 @@ def encode_texts(tokenizer: Tokenizer, texts: list[list[Segment]]) -> TaskStream
     return TaskStream.join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything training reads, made on a CPU beforehand so that an accelerator need not wait for it.
+
+    Attributes:
+        tokenizer: The tokenizer both streams are encoded with.
+        books: The books' tokens.
+        tasks: The task texts' tokens.
+        corpus: Name of the corpus file.
+        corpus_bytes: Length of the training text in bytes.
+    """
+
+    tokenizer: Tokenizer
+    books: Tokens
+    tasks: TaskStream
+    corpus: str
+    corpus_bytes: int
+
+    def save(self, path: Path) -> None:
+        """Writes one compressed .npz file."""
+        np.savez_compressed(
+            path,
+            tokenizer=np.array(self.tokenizer.to_str()),
+            books=self.books,
+            tokens=self.tasks.tokens,
+            learned=np.packbits(self.tasks.learned),
+            starts=self.tasks.starts,
+            corpus=np.array(self.corpus),
+            corpus_bytes=np.array(self.corpus_bytes),
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Prepared:
+        """Reads what `save` wrote."""
+        with np.load(path) as file:
+            tokens = file["tokens"]
+            learned = np.unpackbits(file["learned"], count=len(tokens)).astype(np.bool_)
+            tasks = TaskStream(tokens, learned, file["starts"])
+            tokenizer = Tokenizer.from_str(str(file["tokenizer"]))
+            return cls(tokenizer, file["books"], tasks, str(file["corpus"]), int(file["corpus_bytes"]))
+
+
+def prepare(path: Path, texts: int, workers: int, tokenizer: Tokenizer | None = None) -> Prepared:
+    """Reads the corpus, learns a tokenizer unless one is given, and encodes books and task texts."""
+    corpus = read_corpus(path)
+    tokenizer = tokenizer or train_tokenizer(corpus.train)
+    books = tokenise(tokenizer, corpus.train)
+    tasks = write_tasks(tokenizer, corpus.train, texts, workers)
+    return Prepared(tokenizer, books, tasks, path.name, sum(len(section.encode()) for section in corpus.train))
+
+
 class BatchSource:
     """Draws training rows on a device."""
 
@@ -101,13 +156,13 @@ class BatchSource:
         """One batch.
 
         Args:
-            rows: Sequences in the batch: 30 % tasks, 25 % books with repeated passages, the rest plain books.
+            rows: Sequences in the batch: 30 % tasks, 35 % books with repeated passages, 35 % plain books.
             length: Tokens per sequence.
 
         Returns:
             Token ids and labels, int64 `[rows, length]`; a label is the next token or IGNORED.
         """
-        from_tasks, repeating = max(1, rows * 3 // 10), max(1, rows // 4)
+        from_tasks, repeating = max(1, rows * 3 // 10), max(1, rows * 7 // 20)
         books = self._window(self._books, self._below(len(self._books) - length - 1, rows - from_tasks), length)
         known = torch.ones_like(books, dtype=torch.bool)
         books[:repeating], known[:repeating] = self._with_repeats(books[:repeating])
@@ -117,22 +172,28 @@ class BatchSource:
         return tokens[:, :-1], torch.where(known, tokens, IGNORED)[:, 1:]
 
     def _with_repeats(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overwrites parts of each row with earlier passages of it; half the passages are random tokens."""
+        """Repeats earlier passages of each row in about half of its slots; a third of the rows contain random tokens.
+
+        Slots are filled from left to right and copy from anywhere before them, so every source is still intact, and
+        repetitions occur at every position and distance: a model must not learn to expect them late in a text only.
+        """
         rows, length = tokens.shape
-        known = torch.ones_like(tokens, dtype=torch.bool)
         column = torch.arange(length, device=self._device)[None]
-        for repeat in range(3):
-            span = 16 + self._below(min(_LONGEST_COPY, length // 8), rows)[:, None]
-            source = (self._fraction(rows)[:, None] * (length - 2 * span)).long()
-            target = source + span + (self._fraction(rows)[:, None] * (length - source - 2 * span)).long()
-            in_source = (column >= source) & (column < source + span)
-            in_target = (column >= target) & (column < target + span)
-            if repeat == 0:
-                noise = torch.randint_like(tokens, 3, self._vocabulary, generator=self._random)
-                noisy = in_source & (self._fraction(rows)[:, None] < 0.5)
-                tokens, known = torch.where(noisy, noise, tokens), known & ~noisy
+        noisy_row = self._fraction(rows) < 1 / 3
+        noisy_slot = torch.rand(rows, -(-length // _SLOT), device=self._device, generator=self._random) < 1 / 4
+        noisy = noisy_slot.repeat_interleave(_SLOT, dim=1)[:, :length] & noisy_row[:, None]
+        noise = torch.randint(3, self._vocabulary, tokens.shape, device=self._device, generator=self._random)
+        tokens = torch.where(noisy, noise.int(), tokens)
+        known = ~(noisy | noisy.roll(1, dims=1))  # nor can the first token after random ones be known
+        for begin in range(_SLOT, length - _SLOT, _SLOT):
+            span = (_SHORTEST_COPY + self._fraction(rows) * (_SLOT - _SHORTEST_COPY)).long()[:, None]
+            target = begin + (self._fraction(rows)[:, None] * (_SLOT - span)).long()
+            source = (self._fraction(rows)[:, None] * (begin - span)).long()
+            chosen = self._fraction(rows)[:, None] < 1 / 2
+            in_target = (column >= target) & (column < target + span) & chosen
             tokens = tokens.gather(1, torch.where(in_target, column - target + source, column))
-            known = torch.where(in_target, column >= target + _CUE_TOKENS, known & (column != target + span))
+            after = (column == target + span) & chosen
+            known = torch.where(in_target, column >= target + _CUE_TOKENS, known & ~after)
         return tokens, known
 
     def _window(self, stream: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:

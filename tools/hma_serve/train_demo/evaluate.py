@@ -7,10 +7,8 @@ gets right in a row, and only after a first mistake is anything generated step b
 from __future__ import annotations
 
 import argparse
-import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,41 +17,14 @@ from torch.nn import functional
 
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.model import CausalAttention, Transformer, open_weights
+from hma_serve.train_demo.card import write_card
 from hma_serve.train_demo.corpus import Corpus, read_corpus
-from hma_serve.train_demo.tasks import DISTRACTORS, Passages, TaskWriter
+from hma_serve.train_demo.scores import COPY_DISTANCE, COPY_TOKENS, Scores
+from hma_serve.train_demo.tasks import Passages, TaskWriter
+from hma_serve.train_demo.vocabulary import load_tokenizer
 
-COPY_TOKENS = 32
-COPY_DISTANCE = 1000
 _CUE_TOKENS = 8
 _WINDOW = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What a checkpoint can do.
-
-    Attributes:
-        nats_per_byte: Held-out loss, windows of 2,048 tokens, per byte of UTF-8 text.
-        copied_prose: Share of tokens right when a 32-token passage of held-out prose begins again 1,000 tokens later.
-        copied_random: The same for 32 random tokens amid prose.
-        found: Share of look-ups among 20 distractors answered exactly.
-        samples: Number of copies of each kind, and of look-ups.
-    """
-
-    nats_per_byte: float
-    copied_prose: float
-    copied_random: float
-    found: float
-    samples: int
-
-    def lines(self) -> list[str]:
-        """For people to read."""
-        return [
-            f"held-out loss: {self.nats_per_byte:.4f} nats per byte ({self.nats_per_byte / math.log(2):.4f} bits)",
-            f"{COPY_TOKENS} tokens of prose copied from {COPY_DISTANCE:,} tokens back: {self.copied_prose:.1%} right",
-            f"{COPY_TOKENS} random tokens copied from {COPY_DISTANCE:,} tokens back: {self.copied_random:.1%} right",
-            f"look-up among {DISTRACTORS} distractors: {self.found:.1%} exact",
-        ]
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, *, samples: int, seed: int = 1) -> Scores:
@@ -155,19 +126,24 @@ def load(directory: Path, device: str) -> tuple[Transformer, Tokenizer]:
     """A checkpoint's model, in float32, and its tokenizer."""
     config = read_model_config(directory)
     with open_weights(directory, config, device=device, dtype=torch.float32) as weights:
-        return Transformer(config, weights), Tokenizer.from_file(str(directory / "tokenizer.json"))
+        return Transformer(config, weights), load_tokenizer(directory)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the scores of a checkpoint."""
+    """Prints the scores of a checkpoint, and writes them into its card if asked to."""
     parser = argparse.ArgumentParser(prog="python -m hma_serve.train_demo.evaluate", description=main.__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="the corpus the model was trained from")
     parser.add_argument("--model", default="demo", help="demo or a checkpoint directory")
     parser.add_argument("--samples", type=int, default=50, help="prompts per task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write-card", action="store_true", help="replace the checkpoint's README.md")
     options = parser.parse_args(arguments)
-    model, tokenizer = load(resolve_checkpoint(options.model), options.device)
-    print("\n".join(evaluate(model, tokenizer, read_corpus(options.corpus), samples=options.samples).lines()))
+    directory = resolve_checkpoint(options.model)
+    model, tokenizer = load(directory, options.device)
+    scores = evaluate(model, tokenizer, read_corpus(options.corpus), samples=options.samples)
+    print("\n".join(scores.lines()))
+    if options.write_card:
+        write_card(directory, scores)
 
 
 if __name__ == "__main__":

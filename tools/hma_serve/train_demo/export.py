@@ -1,9 +1,8 @@
-"""Writes the trained model as a Hugging Face directory, with a card that says what it is and how it measured."""
+"""Writes the trained model as a Hugging Face directory that transformers loads too."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +11,17 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.train_demo.evaluate import Scores
+from hma_serve.train_demo.card import Run, metadata
 from hma_serve.train_demo.vocabulary import CHAT_TEMPLATE, END_OF_TEXT, TURN_END
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where the weights come from.
-
-    Attributes:
-        corpus: Name of the corpus file.
-        corpus_bytes: Length of its training text in bytes.
-        steps: Optimiser steps.
-        tokens: Tokens seen, repetitions counted.
-        seconds: Training time.
-        device: What it ran on.
-        seed: Random seed.
-    """
-
-    corpus: str
-    corpus_bytes: int
-    steps: int
-    tokens: int
-    seconds: float
-    device: str
-    seed: int
-
-
 def write_checkpoint(
-    directory: Path, config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Tokenizer
+    directory: Path, config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, runs: list[Run]
 ) -> None:
-    """Writes weights in BF16, configuration, tokenizer and chat template."""
+    """Writes weights in BF16, configuration, tokenizer and chat template; `runs` are all runs that led here."""
     directory.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
-    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, directory / "model.safetensors", metadata=metadata(runs))
     vocabulary = tokenizer.get_vocab()
     end_of_turn, end_of_text = vocabulary[TURN_END], vocabulary[END_OF_TEXT]
     _write_json(directory / "config.json", _config(config, end_of_turn))
@@ -66,53 +42,6 @@ def write_checkpoint(
             "model_max_length": config.max_position_embeddings,
             "chat_template": CHAT_TEMPLATE,
         },
-    )
-
-
-def write_card(directory: Path, config: ModelConfig, provenance: Provenance, scores: Scores) -> None:
-    """Writes README.md, the model card."""
-    measured = "\n".join(f"- {line}" for line in scores.lines())
-    (directory / "README.md").write_text(
-        f"""---
-license: apache-2.0
-language: en
-library_name: transformers
-pipeline_tag: text-generation
----
-# hma-serve demo model
-
-A Qwen3-architecture model of {config.parameter_count:,} parameters that ships with hma-serve, so that a fresh clone can
-serve real text. It writes in the manner of old English novels, copies and looks up what stands in its context, and
-takes simple chat turns. It knows nothing about the world: a demonstration and a test object, not an assistant.
-
-| | |
-|---|---|
-| layers, width, MLP width | {config.num_layers}, {config.hidden_size}, {config.intermediate_size} |
-| query heads, key/value heads, head size | {config.num_heads}, {config.num_kv_heads}, {config.head_dim} |
-| context | {config.max_position_embeddings:,} tokens |
-| vocabulary | {config.vocab_size:,} byte-level BPE tokens, tied embeddings |
-
-## Training
-
-- corpus: `{provenance.corpus}`, {provenance.corpus_bytes / 1e6:.1f} MB of public-domain English books, and generated
-  in-context tasks (look-ups, recitals, short chats); 30 % of the rows are tasks, in 25 % passages of the book repeat
-- steps: {provenance.steps:,} ({provenance.tokens / 1e6:,.0f} M tokens, repetitions counted)
-- time: {provenance.seconds / 60:.1f} minutes on {provenance.device}, seed {provenance.seed}
-- reproduce: `python -m hma_serve.train_demo --corpus {provenance.corpus} --out DIR`
-
-## Evaluation
-
-Greedy decoding, weights in BF16, arithmetic in float32, {scores.samples} samples per task. Held-out text is every 128th
-section of 64 Ki characters: passages never trained on, from the same books.
-
-{measured}
-
-Measure again: `python -m hma_serve.train_demo.evaluate --corpus {provenance.corpus}`
-
-## Licence
-
-Apache-2.0. The books are in the public domain.
-"""
     )
 
 

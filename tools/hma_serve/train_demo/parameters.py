@@ -5,6 +5,8 @@ The transformer sees the same numbers under their Hugging Face names, as views i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from hma_serve.core.model_config import ModelConfig
@@ -14,14 +16,21 @@ _LAYER_PREFIX = "model.layers.0."
 
 
 class Parameters:
-    """Random initial weights and their names.
+    """The weights that are trained, random at first or taken from a checkpoint, and their names.
 
     Attributes:
         matrices: Stacks `[layers, out, in]` of the layers' matrices.
         others: Everything else: the embedding, and the gains of the norms.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        seed: int,
+        initial: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._config = config
         generator = torch.Generator().manual_seed(seed)
         self._stacks: dict[str, torch.Tensor] = {}
@@ -32,6 +41,10 @@ class Parameters:
                 self._stacks[kind] = _initial(kind, (config.num_layers, *shape), generator).to(device).requires_grad_()
             elif not name.startswith("model.layers."):
                 self._single[name] = _initial(name, shape, generator).to(device).requires_grad_()
+        if initial is not None:
+            with torch.no_grad():
+                for name, tensor in self.named().items():
+                    tensor.copy_(initial[name])
         self.matrices = [stack for stack in self._stacks.values() if stack.dim() == 3]
         self.others = [*self._single.values(), *(stack for stack in self._stacks.values() if stack.dim() == 2)]
 

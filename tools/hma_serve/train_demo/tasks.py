@@ -169,7 +169,7 @@ class TaskWriter:
             if scattered and r.random() < 0.5:
                 segments.append((self._prose(r.randint(1, 2)) + "\n\n", True))
             segments.append((style.state(kind, *fact) + "\n", False))
-        for key, value in r.sample(facts, r.randint(1, min(8, len(facts)))):
+        for key, value in r.sample(facts, r.randint(1, min(12, len(facts)))):
             if r.random() < 0.2:
                 segments.append(("\n" + self._prose(r.randint(1, 6)) + "\n", True))
             segments += [("\n" + style.ask(kind, key), False), (f" {value}", True)]
@@ -196,7 +196,7 @@ class TaskWriter:
         for _ in range(r.choices((1, 2, 3, 4), weights=(4, 3, 2, 1))[0]):
             for user, assistant in r.choices(skills, weights=(2, 3, 3, 2, 2, 1, 6, 2))[0]():
                 segments.append((f"{_turn('user', user)}{TURN_START}assistant\n", False))
-                segments += [(f"{assistant}{TURN_END}", True), ("\n", False)]
+                segments += [(f"{assistant}{TURN_END}\n", True)]
         return segments
 
     def _greeting(self) -> list[tuple[str, str]]:
@@ -245,7 +245,7 @@ class TaskWriter:
         r = self._random
         facts, style, kind = self._facts(r.randint(1, 24)), r.choice(_STYLES), r.choice(_KINDS)
         lines = "\n".join(style.state(kind, *fact) for fact in facts)
-        (first, value), *others = r.sample(facts, min(len(facts), r.randint(1, 4)))
+        (first, value), *others = r.sample(facts, min(len(facts), r.randint(1, 6)))
         if r.random() < 0.3:
             turns = [(lines, r.choice(("I will remember that.", "Thank you, I will remember.")))]
             turns.append((style.question(kind, first), value))

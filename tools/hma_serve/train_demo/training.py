@@ -7,7 +7,7 @@ for the first part of the budget and have the full context length for the rest.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Schedule:
     Attributes:
         minutes: Budget, compilation included.
         tokens_per_step: Tokens in one batch.
+        peak: Factor on both peak learning rates; below 1 when training goes on from a checkpoint.
         short_length: Row length at first.
         full_length: Row length later: the model's context.
         short_share: Share of the budget spent on short rows.
@@ -40,6 +41,7 @@ class Schedule:
 
     minutes: float
     tokens_per_step: int = 1 << 17
+    peak: float = 1.0
     short_length: int = 1024
     full_length: int = 4096
     short_share: float = 0.5
@@ -51,8 +53,8 @@ class Schedule:
     def rate(self, share: float) -> float:
         """Factor on the learning rates when `share` of the budget has passed."""
         if share < self.plateau_share:
-            return min(1.0, 0.05 + share / self.warmup_share)
-        return max(0.02, (1.0 - share) / (1.0 - self.plateau_share))
+            return self.peak * min(1.0, 0.05 + share / self.warmup_share)
+        return self.peak * max(0.02, (1.0 - share) / (1.0 - self.plateau_share))
 
     def length(self, share: float) -> int:
         """Row length when `share` of the budget has passed."""
@@ -77,11 +79,18 @@ class Outcome:
 
 
 def train(
-    config: ModelConfig, source: BatchSource, schedule: Schedule, *, device: torch.device, compiled: bool, seed: int = 0
+    config: ModelConfig,
+    source: BatchSource,
+    schedule: Schedule,
+    *,
+    device: torch.device,
+    compiled: bool,
+    seed: int,
+    initial: Mapping[str, torch.Tensor] | None = None,
 ) -> Outcome:
-    """Trains from scratch until the budget is spent."""
+    """Trains until the budget is spent, from random weights or from those of a checkpoint."""
     began = time.monotonic()
-    parameters = Parameters(config, device=device, seed=seed)
+    parameters = Parameters(config, device=device, seed=seed, initial=initial)
     muon = Muon(parameters.matrices)
     adam = torch.optim.AdamW(parameters.others, lr=schedule.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _objective(config, parameters, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -41,3 +42,8 @@ def train_tokenizer(sections: Sequence[str], vocabulary: int = VOCABULARY) -> To
     stride = max(1, len(sections) // _SAMPLED_SECTIONS)
     tokenizer.train_from_iterator(sections[::stride], trainer)
     return tokenizer
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint."""
+    return Tokenizer.from_file(str(directory / "tokenizer.json"))
