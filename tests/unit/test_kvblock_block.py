@@ -217,7 +217,7 @@ def test_every_rule_stands_in_the_document_with_its_code(kind: type[errors.KvFor
 def test_a_block_of_two_sections_is_written_and_read_back() -> None:
     """No codec of this version has two sections; those that will are held to the same path."""
     plan = small_plan()
-    codec = _TwoSections()
+    codec = _TwoSections(8)
     roles = {key: dataclasses.replace(role_plan, codec=codec) for key, role_plan in plan.roles.items()}
     plan = dataclasses.replace(plan, roles=roles)
     units = random_units(plan)

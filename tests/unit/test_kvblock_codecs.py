@@ -22,21 +22,31 @@ from hma_serve.v1.kv_block_pb2 import (
 )
 from support.kv_streams import GOLDEN
 
-VENDOR = np.load(GOLDEN / "tenstorrent" / "bfp8_vectors.npz", allow_pickle=False)
-VENDOR_CASES = sorted(int(name[1:-5]) for name in VENDOR.files if name.endswith("_bits"))
+VENDOR = {
+    key: array
+    for file in ("bfp8_vectors.npz", "bfp4_bfp2_vectors.npz")
+    for key, array in np.load(GOLDEN / "tenstorrent" / file, allow_pickle=False).items()
+}
+VENDOR_CASES = sorted(int(name[1:-5]) for name in VENDOR if name.endswith("_bits"))
 EXAMPLE = [1, -1, 0.5, 1.9921875, 64.5 / 64, 65.5 / 64, 1 / 64, 1 / 128, 3 / 128, 0, -0.0, 1 / 256, -3 / 128, 1.984375]
 EXAMPLE += [3 / 256, -1.9921875]
 TT = kvblock.codec("tt_bfp8_b")
 
 
 @pytest.mark.parametrize("case", VENDOR_CASES)
-def test_bfp8_is_bit_for_bit_the_vendors(case: int) -> None:
+def test_block_float_is_bit_for_bit_the_vendors(case: int) -> None:
+    codec = kvblock.codec(f"tt_bfp{VENDOR[f'c{case}_bits']}_b")
     rows, columns = (int(n) for n in VENDOR[f"c{case}_shape"])
     values = VENDOR[f"c{case}_input"].reshape(1, rows, columns)
     packed = VENDOR[f"c{case}_packed"]
-    assert np.array_equal(TT.encode(values).reshape(-1), packed)
-    assert np.array_equal(TT.decode(packed, 1, rows, columns).reshape(-1), VENDOR[f"c{case}_decoded"])
-    TT.check_payload(packed, 1, rows, columns)
+    assert np.array_equal(codec.encode(values).reshape(-1), packed)
+    assert np.array_equal(codec.decode(packed, 1, rows, columns).reshape(-1), VENDOR[f"c{case}_decoded"])
+    codec.check_payload(packed, 1, rows, columns)
+
+
+def test_every_case_of_the_vendor_is_there() -> None:
+    assert len(VENDOR_CASES) == 24
+    assert {int(VENDOR[f"c{case}_bits"]) for case in VENDOR_CASES} == {8, 4, 2}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +147,31 @@ def test_f32_is_exact_in_token_order() -> None:
     assert np.array_equal(kvblock.codec("f32").decode(packed, 3, 64, 5), values)
 
 
+BITS = {
+    "f32": 32,
+    "bf16": 16,
+    "tt_bfp8_b": 8.5,
+    "tt_bfp4_b": 4.5,
+    "tt_bfp2_b": 2.5,
+    "fp8_e4m3fn": 8.25,
+    "fp8_e4m3fnuz": 8.25,
+    "fp8_e4m3_ieee": 8.25,
+    "mxfp8_e4m3": 8.25,
+    "mxint8": 8.25,
+    "mxfp4": 4.25,
+    "nvfp4": 4.5 + 32 / 4096,
+    "int8": 8.25,
+    "int4": 5,
+    "int4.channel": 5,
+}
+
+
+@pytest.mark.parametrize("name", kvblock.codec_names())
+def test_bits_per_element(name: str) -> None:
+    bits = BITS.get(name, 8 + 32 / 4096)  # one scale per unit
+    assert kvblock.codec(name).group_bytes(128) * 8 == bits * 32 * 128
+
+
 @pytest.mark.parametrize(("name", "group_bytes"), [("f32", 32 * 128 * 4), ("bf16", 32 * 128 * 2), ("tt_bfp8_b", 4352)])
 def test_sizes(name: str, group_bytes: int) -> None:
     codec = kvblock.codec(name)
@@ -168,11 +203,50 @@ def test_any_alignment_is_read(name: str, at: int) -> None:
         ("tt_bfp8_b", 1088 + 5, 255),
         ("tt_bfp8_b", 64, 0x80),
         ("tt_bfp8_b", -1, 0x80),
+        ("tt_bfp4_b", 63, 255),
+        ("tt_bfp4_b", 64, 0x80),
+        ("tt_bfp4_b", -1, 0x08),
+        ("tt_bfp2_b", 320, 255),
+        ("tt_bfp2_b", 64, 0x02),
+        ("tt_bfp2_b", 65, 0x08),
+        ("tt_bfp2_b", 66, 0x20),
+        ("tt_bfp2_b", -1, 0x80),
+        ("fp8_e4m3fn", 0, 0x7F),
+        ("fp8_e4m3fn", 2047, 0xFF),
+        ("fp8_e4m3fn", -1, 0x80),  # a negative scale
+        ("fp8_e4m3fn", -1, 0x7B),  # one of 6.6e35, which 448 lifts above the largest BF16
+        ("fp8_e4m3fn.head", 100, 0x7F),
+        ("fp8_e4m3fn.head", -1, 0xFF),
+        ("fp8_e4m3fn.tensor", 2047, 0xFF),
+        ("fp8_e4m3fn.tensor", -1, 0x7F),
+        ("fp8_e4m3fnuz", 0, 0x80),
+        ("fp8_e4m3fnuz.head", 2047, 0x80),
+        ("fp8_e4m3fnuz.tensor", -1, 0x80),
+        ("fp8_e4m3_ieee", 0, 0x78),
+        ("fp8_e4m3_ieee.head", 2047, 0xF9),
+        ("fp8_e4m3_ieee.tensor", 1, 0x7F),
+        ("mxfp8_e4m3", 0, 0x7F),
+        ("mxfp8_e4m3", 2047, 0xFF),
+        ("mxfp8_e4m3", 2048, 255),
+        ("mxfp8_e4m3", -1, 247),
+        ("mxint8", -1, 254),
+        ("mxfp4", 1024, 253),
+        ("nvfp4", 1024, 0x7F),
+        ("nvfp4", 1024 + 127, 0x80),
+        ("nvfp4", -1, 0x80),
+        ("nvfp4", -1, 0x7A),
+        ("int8", -1, 0x7F),
+        ("int4", 1024 + 1, 0x7C),
+        ("int4", 1024 + 1, 0x80),
+        ("int4", -1, 0xFC),
+        ("int4.channel", 1024 + 127, 0x7E),
+        ("int4.channel", 1024 + 129, 0x7D),
     ],
 )
 def test_banned_codes_are_found_wherever_they_stand(name: str, at: int, byte: int) -> None:
     codec = kvblock.codec(name)
     payload = codec.encode(np.ones((1, 32, 64), dtype=np.float32)).reshape(-1).copy()
+    codec.check_payload(payload, 1, 32, 64)
     payload[at] = byte
     if name in ("f32", "bf16"):
         payload[at - 1] = 0x80
@@ -181,10 +255,14 @@ def test_banned_codes_are_found_wherever_they_stand(name: str, at: int, byte: in
     assert refused.value.field == "payload"
 
 
+# Scales of a power of two step over the largest exponent; halves end at 65504.
+LARGEST = {"mxint8": -1.6e38, "int4": -6e4, "int4.channel": -6e4}
+
+
 @pytest.mark.parametrize("name", kvblock.codec_names())
 def test_largest_values_are_not_banned(name: str) -> None:
     codec = kvblock.codec(name)
-    values = np.full((1, 32, 32), -3.3e38, dtype=np.float32)
+    values = np.full((1, 32, 32), LARGEST.get(name, -3.3e38), dtype=np.float32)
     values[..., ::2] *= -1
     codec.check_payload(codec.encode(values), 1, 32, 32)
 
@@ -203,7 +281,12 @@ def test_encoders_refuse_partial_groups_overflow_and_foreign_roundings() -> None
         TT.encode(np.zeros((1, 31, 32), dtype=np.float32))
     with pytest.raises(ValueError, match="too large"):
         kvblock.codec("bf16").encode(np.full((1, 32, 1), np.finfo(np.float32).max, dtype=np.float32))
-    for name in ("bf16", "tt_bfp8_b"):
+    for name in LARGEST:
+        with pytest.raises(ValueError, match="too large"):
+            kvblock.codec(name).encode(np.full((1, 32, 32), 3.3e38, dtype=np.float32))
+    for name in kvblock.codec_names():
+        if name in ("f32", "tt_bfp4_b"):
+            continue
         with pytest.raises(ValueError, match="rounds to nearest"):
             kvblock.codec(name).encode(np.zeros((1, 32, 32), dtype=np.float32), KV_ROUNDING_TRUNCATE)
 
@@ -218,7 +301,13 @@ def test_payloads_of_the_wrong_size_are_refused(name: str) -> None:
         codec.check_payload(payload + b"\0", 1, 32, 32)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("f32", 0), ("bf16", 0), ("tt_bfp8_b", 0), ("tt_bfp8_b", 48)])
+IN_GROUPS = ["tt_bfp8_b", "tt_bfp4_b", "tt_bfp2_b", "mxfp8_e4m3", "mxint8", "mxfp4", "nvfp4", "int4", "int4.channel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [*((name, 0) for name in kvblock.codec_names()), *((name, 48) for name in IN_GROUPS)],
+)
 def test_head_dims_that_do_not_fit_are_refused(name: str, head_dim: int) -> None:
     with pytest.raises(errors.BadGeometry):
         kvblock.codec(name).check_geometry(head_dim)
@@ -228,7 +317,9 @@ def test_registry_knows_codecs_by_name_and_by_identity() -> None:
     for name in kvblock.codec_names():
         codec = kvblock.codec(name)
         assert kvblock.codec_for(codec.spec(KV_ROUNDING_TRUNCATE)) is codec
-        assert KvCodecId.Name(codec.id) == f"KV_CODEC_ID_{name.upper()}"
+        assert KvCodecId.Name(codec.id) == f"KV_CODEC_ID_{name.partition('.')[0].upper()}"
+    assert {codec.id for codec in map(kvblock.codec, kvblock.codec_names())} == set(KvCodecId.values()) - {0}
+    assert kvblock.codec("fp8_e4m3fn.token_head") is kvblock.codec("fp8_e4m3fn")
     with pytest.raises(errors.UnknownCodec, match="tt_bfp8_b"):
         kvblock.codec("fp7")
     right = TT.spec()

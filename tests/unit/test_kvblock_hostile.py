@@ -22,7 +22,7 @@ u32 = st.one_of(st.integers(0, 3), st.sampled_from([32, 64, 96, 2**32 - 32]), st
 manifests = st.builds(
     KvManifest,
     format_major=st.sampled_from([0, 1, 1, 1, 2]),
-    codecs=st.lists(st.builds(KvCodecSpec, id=st.integers(-1, 4), version=st.just(1)), max_size=3),
+    codecs=st.lists(st.builds(KvCodecSpec, id=st.integers(-1, 16), version=st.just(1)), max_size=3),
     layer_groups=st.lists(
         st.builds(
             KvLayerGroup,

@@ -135,7 +135,7 @@ BROKEN: list[tuple[str, Callable[[KvManifest], None], type[errors.KvFormatError]
     ("unaligned start", _set(token_start=31), errors.PartialGroup, "token_start"),
     ("no tokens", _set(token_count=0), errors.PartialGroup, "token_count"),
     ("partial group", _set(token_count=65), errors.PartialGroup, "token_count"),
-    ("codec id", _codec(id=4), errors.UnknownCodec, "codecs[0]"),
+    ("codec id", _codec(id=15), errors.UnknownCodec, "codecs[0]"),
     ("codec version", _codec(version=2), errors.UnknownCodec, "codecs[0]"),
     ("granularity", _codec(granularity=1), errors.UnknownCodec, "codecs[0]"),
     ("codec index", _role(codec=1), errors.WrongCodec, "layer_groups[0].roles[1].codec"),

@@ -118,3 +118,37 @@ def _store(pages: dict[tuple[int, int], np.ndarray], block: kvblock.Block) -> No
     heads = slice(block.head_start, block.head_start + block.head_count)
     groups = slice(block.group_start, block.group_start + block.group_count)
     pages[block.layer, int(block.role)][heads, groups] = block.groups()
+
+
+@pytest.mark.parametrize(("codec", "spoilt"), [("fp8_e4m3fn.tensor", True), ("fp8_e4m3fn.head", False)])
+def test_scales_of_more_than_a_unit_must_agree(codec: str, spoilt: bool) -> None:
+    plan = small_plan(codec)
+    units = random_units(plan)
+    units[1, :, -4:] = np.array([0.5], "<f4").view(np.uint8)  # the second head's scale
+    reader = kvblock.StreamReader(plan, TICKET, EPOCH)
+    [frame] = kvblock.StreamWriter(plan, TICKET, EPOCH).frames(1, KV_ROLE_K, units, token_start=32)
+    header, payload = kvblock.decode_frame(frame)
+    if spoilt:
+        with pytest.raises(errors.UnevenScales):
+            reader.validate(header.block, payload)
+        assert reader.received == 0
+    else:
+        assert reader.validate(header.block, payload).head_count == 2
+
+
+@pytest.mark.parametrize("codec", ["fp8_e4m3fn.tensor", "fp8_e4m3_ieee.head"])
+def test_scales_must_agree_between_streams_of_one_ticket(codec: str) -> None:
+    plan = small_plan(codec)
+    coverage = kvblock.Coverage(plan)
+    units = random_units(plan)
+    for group, scale in ((0, 1.0), (1, 2.0)):
+        part = units[:, group : group + 1].copy()
+        part[..., -4:] = np.array([scale], "<f4").view(np.uint8)
+        reader = kvblock.StreamReader(plan, TICKET, EPOCH, coverage)
+        [frame] = kvblock.StreamWriter(plan, TICKET, EPOCH).frames(1, KV_ROLE_K, part, token_start=32 + 32 * group)
+        header, payload = kvblock.decode_frame(frame)
+        if group:
+            with pytest.raises(errors.UnevenScales):
+                reader.validate(header.block, payload)
+        else:
+            reader.validate(header.block, payload)

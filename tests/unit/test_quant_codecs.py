@@ -7,11 +7,22 @@ import pytest
 import torch
 
 from hma_serve import kvblock, quant
-from hma_serve.v1.kv_block_pb2 import KV_ROUNDING_NEAREST_AWAY, KV_ROUNDING_NEAREST_EVEN, KvRounding
+from hma_serve.kvblock.codecs.fp8 import Fp8
+from hma_serve.quant.fp8 import Fp8 as TorchFp8
+from hma_serve.v1.kv_block_pb2 import (
+    KV_ROUNDING_NEAREST_AWAY,
+    KV_ROUNDING_NEAREST_EVEN,
+    KV_ROUNDING_TRUNCATE,
+    KvRounding,
+)
 from support.kv_streams import GOLDEN, golden_values
 
-VENDOR = np.load(GOLDEN / "tenstorrent" / "bfp8_vectors.npz", allow_pickle=False)
-VENDOR_CASES = sorted(int(name[1:-5]) for name in VENDOR.files if name.endswith("_bits"))
+VENDOR = {
+    key: array
+    for file in ("bfp8_vectors.npz", "bfp4_bfp2_vectors.npz")
+    for key, array in np.load(GOLDEN / "tenstorrent" / file, allow_pickle=False).items()
+}
+VENDOR_CASES = sorted(int(name[1:-5]) for name in VENDOR if name.endswith("_bits"))
 ROUNDINGS: list[tuple[quant.Rounding, KvRounding.ValueType]] = [
     ("nearest_even", KV_ROUNDING_NEAREST_EVEN),
     ("nearest_away", KV_ROUNDING_NEAREST_AWAY),
@@ -42,14 +53,14 @@ KINDS = ["normal", "wide", "smallest", "ties", "zeros", "saturating", "bits"]
 
 
 @pytest.mark.parametrize("case", VENDOR_CASES)
-def test_bfp8_is_bit_for_bit_the_vendors(case: int) -> None:
+def test_block_float_is_bit_for_bit_the_vendors(case: int) -> None:
     rows, columns = (int(n) for n in VENDOR[f"c{case}_shape"])
-    codec = quant.codec("tt_bfp8_b")
+    codec = quant.codec(f"tt_bfp{VENDOR[f'c{case}_bits']}_b")
     values = torch.from_numpy(VENDOR[f"c{case}_input"]).view(rows, columns)
     right = torch.from_numpy(VENDOR[f"c{case}_packed"])
     for dtype in (torch.float32, torch.bfloat16):
         packed = codec.encode(values.to(dtype))
-        assert packed.shape == (rows // 32, columns // 32 * 1088)
+        assert packed.shape == (rows // 32, codec.group_bytes(columns))
         assert torch.equal(packed.flatten(), right)
         decoded = codec.decode(packed, dtype)
         assert decoded.dtype == dtype
@@ -57,29 +68,50 @@ def test_bfp8_is_bit_for_bit_the_vendors(case: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rounding", "wire_rounding"), ROUNDINGS)
-def test_bfp8_equals_the_formats_codec(
-    kind: str, rounding: quant.Rounding, wire_rounding: KvRounding.ValueType
-) -> None:
+@pytest.mark.parametrize("name", quant.codec_names())
+def test_every_codec_equals_the_formats(name: str, kind: str) -> None:
     values = hard_values(kind)
-    reference, codec = kvblock.codec("tt_bfp8_b"), quant.codec("tt_bfp8_b")
-    right = reference.encode(values, wire_rounding)
-    packed = codec.encode(torch.from_numpy(values), rounding)
-    assert np.array_equal(packed.numpy(), right)
-    decoded = reference.decode(right, *SHAPE)
-    _same_bits(codec.decode(packed).numpy(), decoded)
-    _same_bits(codec.decode(packed, torch.bfloat16).float().numpy(), decoded)
-
-
-@pytest.mark.parametrize("name", ["f32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_plain_codecs_equal_the_formats(name: str, kind: str) -> None:
-    values = hard_values(kind)
+    if name.startswith("int4") and kind in ("wide", "bits"):
+        values = np.clip(values, -6e4, 6e4)
     reference, codec = kvblock.codec(name), quant.codec(name)
     right = reference.encode(values)
-    packed = codec.encode(torch.from_numpy(values))
-    assert np.array_equal(packed.numpy(), right)
-    _same_bits(codec.decode(packed).numpy(), reference.decode(right, *SHAPE))
+    assert np.array_equal(codec.encode(torch.from_numpy(values)).numpy(), right)
+    decoded = reference.decode(right, *SHAPE)
+    packed = torch.from_numpy(right)
+    _same_bits(codec.decode(packed).numpy(), decoded)
+    assert torch.equal(codec.decode(packed, torch.bfloat16), torch.from_numpy(decoded).bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "rounding", "wire_rounding"),
+    [
+        ("tt_bfp8_b", "nearest_away", KV_ROUNDING_NEAREST_AWAY),
+        ("tt_bfp4_b", "nearest_away", KV_ROUNDING_NEAREST_AWAY),
+        ("tt_bfp4_b", "truncate", KV_ROUNDING_TRUNCATE),
+        ("tt_bfp2_b", "nearest_away", KV_ROUNDING_NEAREST_AWAY),
+    ],
+)
+def test_the_vendors_other_roundings_equal_the_formats(
+    name: str, rounding: quant.Rounding, wire_rounding: KvRounding.ValueType, kind: str
+) -> None:
+    values = hard_values(kind)
+    right = kvblock.codec(name).encode(values, wire_rounding)
+    assert np.array_equal(quant.codec(name).encode(torch.from_numpy(values), rounding).numpy(), right)
+    kvblock.codec(name).check_payload(right, *SHAPE)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn.head", "fp8_e4m3fnuz.tensor"])
+def test_calibrated_scales_do_not_depend_on_what_is_packed_with_them(name: str) -> None:
+    values = hard_values("normal")
+    reference, codec = kvblock.codec(name), quant.codec(name)
+    assert isinstance(reference, Fp8)
+    assert isinstance(codec, TorchFp8)
+    scale = np.array([0.5, 0.25, 0.125] if name.endswith("head") else [0.25], np.float32)
+    whole = codec.encode(torch.from_numpy(values), scale=torch.from_numpy(scale))
+    assert np.array_equal(whole.numpy(), reference.encode(values, scale=scale))
+    part = codec.encode(torch.from_numpy(values[:, 32:]), scale=torch.from_numpy(scale))
+    assert torch.equal(part, whole[:, 1:])
 
 
 @pytest.mark.parametrize("name", quant.codec_names())
@@ -101,8 +133,10 @@ def test_leading_axes_and_strides_do_not_matter(name: str) -> None:
     codec = quant.codec(name)
     values = torch.from_numpy(hard_values("normal"))
     packed = codec.encode(values)
-    assert torch.equal(codec.encode(values[0]), packed[0])
+    if not name.endswith(".tensor"):  # whose scale covers all heads that are packed together
+        assert torch.equal(codec.encode(values[0]), packed[0])
     assert torch.equal(codec.encode(values[None]), packed[None])
+    assert torch.equal(codec.encode(torch.stack([values, 2 * values]))[0], packed)
     transposed = values.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(codec.encode(transposed), packed)
     pool = torch.zeros((5, 7, 2, packed.shape[-1]), dtype=torch.uint8)
@@ -158,16 +192,18 @@ def test_what_is_not_finite_becomes_codes_that_readers_refuse() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away"])
-def test_cuda_gives_the_same_bits(kind: str, rounding: quant.Rounding) -> None:
-    codec = quant.codec("tt_bfp8_b")
-    values = torch.from_numpy(hard_values(kind))
-    packed = codec.encode(values, rounding)
-    assert torch.equal(codec.encode(values.cuda(), rounding).cpu(), packed)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(codec.decode(packed.cuda(), dtype).cpu(), codec.decode(packed, dtype))
-    fake = quant.fake_quantize_bfp8(values.cuda(), rounding=rounding)
-    assert torch.equal(fake.cpu(), quant.fake_quantize_bfp8(values, rounding=rounding))
+@pytest.mark.parametrize("name", quant.codec_names())
+def test_cuda_gives_the_same_bits(name: str, kind: str) -> None:
+    codec = quant.codec(name)
+    values = torch.from_numpy(hard_values(kind)).clamp(-6e4, 6e4)
+    roundings: list[quant.Rounding] = ["nearest_even", "nearest_away"] if name.startswith("tt_") else ["nearest_even"]
+    for rounding in roundings:
+        packed = codec.encode(values, rounding)
+        assert torch.equal(codec.encode(values.cuda(), rounding).cpu(), packed)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(codec.decode(packed.cuda(), dtype).cpu(), codec.decode(packed, dtype))
+    fake = quant.fake_quantize_bfp8(values.cuda())
+    assert torch.equal(fake.cpu(), quant.fake_quantize_bfp8(values))
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Which parts of a stream have arrived: decode may start when every unit did, exactly once.
 
-One bitmap per (layer, role), created when its first block arrives. Several streams of one ticket may share a
+One bitmap per (layer, role), created when its first block arrives. Scales that cover more than a unit are repeated in
+each, and compared here, because only here blocks meet. Several streams of one ticket may share a
 `Coverage`, for example when two producers hold different heads; the owner serialises their calls.
 """
 
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hma_serve.kvblock.errors import IncompleteCoverage, OverlappingRange
+from hma_serve.kvblock.errors import IncompleteCoverage, OverlappingRange, UnevenScales
+from hma_serve.v1.kv_block_pb2 import KV_SCALE_GRANULARITY_HEAD
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from hma_serve.kvblock.block import Block
@@ -25,6 +29,7 @@ class Coverage:
     def __init__(self, plan: StreamPlan) -> None:
         self._plan = plan
         self._seen: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        self._scales: dict[tuple[int, int, int], bytes] = {}
         self._missing = plan.units
 
     @property
@@ -38,10 +43,11 @@ class Coverage:
         return self._missing
 
     def check(self, block: Block) -> None:
-        """Refuse a block of which any unit has arrived before.
+        """Refuse a block of which any unit has arrived before, or whose scales are not those of its neighbours.
 
         Raises:
             OverlappingRange: Naming layer and role.
+            UnevenScales: A scale that covers a head or a layer's role differs between units.
         """
         seen = self._seen.get((block.layer, block.role))
         if seen is not None and self._part(seen, block).any():
@@ -51,14 +57,16 @@ class Coverage:
                 f"{block.role} has already arrived",
                 field="token_start",
             )
+        self._check_scales(block)
 
     def add(self, block: Block) -> None:
         """Count a block in.
 
         Raises:
-            OverlappingRange: As `check`; then nothing has changed.
+            KvFormatError: As `check`; then nothing has changed.
         """
         self.check(block)
+        self._scales |= dict(_shared_scales(block))
         key = (block.layer, int(block.role))
         seen = self._seen.get(key)
         if seen is None:
@@ -85,7 +93,26 @@ class Coverage:
                     field="blocks",
                 )
 
+    def _check_scales(self, block: Block) -> None:
+        found: dict[tuple[int, int, int], bytes] = {}
+        for key, scale in _shared_scales(block):
+            if found.setdefault(key, self._scales.get(key, scale)) != scale:
+                raise UnevenScales(f"layer {block.layer}, role {block.role} carries unlike scales", field="payload")
+
     @staticmethod
     def _part(seen: NDArray[np.bool_], block: Block) -> NDArray[np.bool_]:
         heads = slice(block.head_start, block.head_start + block.head_count)
         return seen[heads, block.group_start : block.group_start + block.group_count]
+
+
+def _shared_scales(block: Block) -> Iterator[tuple[tuple[int, int, int], bytes]]:
+    """The scales of a block's units that cover more than the unit, by what they cover: (layer, role, head or -1)."""
+    codec = block.role_plan.codec
+    if not codec.shared_bytes:
+        return
+    by_head = codec.granularity == KV_SCALE_GRANULARITY_HEAD
+    scales = block.groups()[..., -codec.shared_bytes :]
+    for index, groups in enumerate(scales):
+        key = (block.layer, int(block.role), block.head_start + index if by_head else -1)
+        for scale in groups:
+            yield key, scale.tobytes()

@@ -225,6 +225,12 @@ class OverlappingRange(KvFormatError):
     rule = "overlapping_range"
 
 
+class UnevenScales(KvFormatError):
+    """Units that must share a scale carry different ones."""
+
+    rule = "uneven_scales"
+
+
 class WrongBlockCount(KvFormatError):
     """The end frame counts other blocks than arrived."""
 

@@ -7,7 +7,7 @@ from typing import Final
 
 FORMAT_MAJOR: Final = 1
 """Readers refuse any other major version."""
-FORMAT_MINOR: Final = 0
+FORMAT_MINOR: Final = 1
 """Readers accept any minor version: it only adds fields that may be ignored."""
 GROUP_TOKENS: Final = 32
 """Tokens travel in whole groups of this many: a tile of the coarsest codec, and a unit of pages and prefix hashes."""

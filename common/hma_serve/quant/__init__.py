@@ -7,7 +7,10 @@ from typing import Final
 import torch
 
 from hma_serve.quant.base import GROUP_TOKENS, Rounding, TorchCodec
-from hma_serve.quant.bfp8 import TtBfp8B, fake_quantize_bfp8
+from hma_serve.quant.block_float import TtBlockFloat, fake_quantize_bfp8
+from hma_serve.quant.fp8 import all_fp8
+from hma_serve.quant.integer import Int4, Int8
+from hma_serve.quant.microscaling import MxFp4, MxFp8, MxInt8, NvFp4
 from hma_serve.quant.plain import Plain
 
 __all__ = ["GROUP_TOKENS", "Rounding", "TorchCodec", "codec", "codec_names", "fake_quantize_bfp8"]
@@ -15,9 +18,20 @@ __all__ = ["GROUP_TOKENS", "Rounding", "TorchCodec", "codec", "codec_names", "fa
 _ALL: Final[tuple[TorchCodec, ...]] = (
     Plain("f32", torch.float32),
     Plain("bf16", torch.bfloat16),
-    TtBfp8B(),
+    TtBlockFloat(8),
+    TtBlockFloat(4),
+    TtBlockFloat(2),
+    *all_fp8(),
+    MxFp8(),
+    MxInt8(),
+    MxFp4(),
+    NvFp4(),
+    Int8(),
+    Int4(by_channel=False),
+    Int4(by_channel=True),
 )
 _BY_NAME: Final = {known.name: known for known in _ALL}
+_ALIASES: Final = {f"{name}.token_head": name for name in _BY_NAME if f"{name}.tensor" in _BY_NAME}
 
 
 def codec_names() -> tuple[str, ...]:
@@ -26,12 +40,12 @@ def codec_names() -> tuple[str, ...]:
 
 
 def codec(name: str) -> TorchCodec:
-    """The codec of that name.
+    """The codec of that name, as in `hma_serve.kvblock`.
 
     Raises:
         ValueError: No such codec; the message lists those there are.
     """
-    found = _BY_NAME.get(name)
+    found = _BY_NAME.get(_ALIASES.get(name, name))
     if found is None:
         raise ValueError(f"no codec {name!r}; there are {', '.join(_BY_NAME)}")
     return found

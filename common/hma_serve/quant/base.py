@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 GROUP_TOKENS: Final = 32
 """Tokens of one unit."""
 
-Rounding: TypeAlias = Literal["nearest_even", "nearest_away"]
-"""What an encoder does with a value half-way between two codes."""
+Rounding: TypeAlias = Literal["nearest_even", "nearest_away", "truncate"]
+"""What an encoder does with a value half-way between two codes, or with all between them."""
 
 _FLOATS: Final = (torch.float32, torch.bfloat16)
 
@@ -63,13 +63,20 @@ class TorchCodec(ABC):
         Raises:
             ValueError: Wrong dtype, tokens, head_dim or rounding.
         """
+        return self._shaped(x, self._encode(self._units(x), rounding))
+
+    def _units(self, x: Tensor) -> Tensor:
+        """Check what is to be packed and view it as [units, 32, head_dim]."""
         *lead, tokens, head_dim = x.shape
         if x.dtype not in _FLOATS:
             raise ValueError(f"{self.name} packs float32 or bfloat16, not {x.dtype}")
         if tokens % GROUP_TOKENS:
             raise ValueError(f"{tokens} tokens are not whole groups of {GROUP_TOKENS}")
-        units = math.prod(lead) * (tokens // GROUP_TOKENS)
-        packed = self._encode(x.reshape(units, GROUP_TOKENS, head_dim), rounding)
+        return x.reshape(math.prod(lead) * (tokens // GROUP_TOKENS), GROUP_TOKENS, head_dim)
+
+    def _shaped(self, x: Tensor, packed: Tensor) -> Tensor:
+        """Packed units in the shape that `encode` promises for `x`."""
+        *lead, tokens, head_dim = x.shape
         return packed.view(*lead, tokens // GROUP_TOKENS, self.group_bytes(head_dim))
 
     def decode(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -108,6 +108,10 @@ class _KvScaleGranularityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kv
     KV_SCALE_GRANULARITY_TENSOR: _KvScaleGranularity.ValueType  # 1
     KV_SCALE_GRANULARITY_HEAD: _KvScaleGranularity.ValueType  # 2
     KV_SCALE_GRANULARITY_TOKEN_HEAD: _KvScaleGranularity.ValueType  # 3
+    KV_SCALE_GRANULARITY_TOKEN_GROUP: _KvScaleGranularity.ValueType  # 4
+    """32 neighbouring channels of one token."""
+    KV_SCALE_GRANULARITY_CHANNEL_GROUP: _KvScaleGranularity.ValueType  # 5
+    """One channel of the 32 tokens of a group."""
 
 class KvScaleGranularity(_KvScaleGranularity, metaclass=_KvScaleGranularityEnumTypeWrapper):
     """What one scale covers, for codecs that leave it open."""
@@ -117,6 +121,10 @@ KV_SCALE_GRANULARITY_UNSPECIFIED: KvScaleGranularity.ValueType  # 0
 KV_SCALE_GRANULARITY_TENSOR: KvScaleGranularity.ValueType  # 1
 KV_SCALE_GRANULARITY_HEAD: KvScaleGranularity.ValueType  # 2
 KV_SCALE_GRANULARITY_TOKEN_HEAD: KvScaleGranularity.ValueType  # 3
+KV_SCALE_GRANULARITY_TOKEN_GROUP: KvScaleGranularity.ValueType  # 4
+"""32 neighbouring channels of one token."""
+KV_SCALE_GRANULARITY_CHANNEL_GROUP: KvScaleGranularity.ValueType  # 5
+"""One channel of the 32 tokens of a group."""
 Global___KvScaleGranularity: _TypeAlias = KvScaleGranularity  # noqa: Y015
 
 class _KvRounding:

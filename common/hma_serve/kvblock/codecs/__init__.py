@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Final
 from hma_serve.kvblock.codecs.base import Codec, Payload, Section
 from hma_serve.kvblock.codecs.bf16 import Bf16
 from hma_serve.kvblock.codecs.f32 import F32
-from hma_serve.kvblock.codecs.tt_bfp8_b import TtBfp8B
+from hma_serve.kvblock.codecs.fp8 import all_fp8
+from hma_serve.kvblock.codecs.integer import Int8, all_int4
+from hma_serve.kvblock.codecs.mx import MxFp4, MxFp8, MxInt8
+from hma_serve.kvblock.codecs.nvfp4 import NvFp4
+from hma_serve.kvblock.codecs.tt_block_float import TtBlockFloat
 from hma_serve.kvblock.errors import UnknownCodec
 from hma_serve.v1.kv_block_pb2 import KvCodecId
 
@@ -19,9 +23,19 @@ __all__ = ["Codec", "Payload", "Section", "codec", "codec_for", "codec_names"]
 _ALL: Final[tuple[Codec, ...]] = (
     F32(),
     Bf16(),
-    TtBfp8B(),
+    TtBlockFloat(8),
+    TtBlockFloat(4),
+    TtBlockFloat(2),
+    *all_fp8(),
+    MxFp8(),
+    MxInt8(),
+    MxFp4(),
+    NvFp4(),
+    Int8(),
+    *all_int4(),
 )
 _BY_NAME: Final = {known.name: known for known in _ALL}
+_ALIASES: Final = {f"{name}.token_head": name for name in _BY_NAME if f"{name}.tensor" in _BY_NAME}
 _BY_IDENTITY: Final = {(int(known.id), known.version, int(known.granularity)): known for known in _ALL}
 
 
@@ -33,10 +47,13 @@ def codec_names() -> tuple[str, ...]:
 def codec(name: str) -> Codec:
     """The codec of that name, for example from configuration.
 
+    A name is the id's in lower case; where the codec leaves the granularity of its scales open, the bare name means
+    one per token and head, and `.head`, `.tensor` (`int4.channel`) the others.
+
     Raises:
         UnknownCodec: No such codec; the message lists those there are.
     """
-    found = _BY_NAME.get(name)
+    found = _BY_NAME.get(_ALIASES.get(name, name))
     if found is None:
         raise UnknownCodec(f"{name!r} is none of {', '.join(_BY_NAME)}", field="codec")
     return found

@@ -56,12 +56,14 @@ class Codec(ABC):
         name: The id's name in lower case; what configuration uses.
         version: Version of the decode function.
         granularity: What one scale covers, where the codec leaves it open.
+        shared_bytes: The last bytes of a unit that repeat a scale of more than the unit; see `Coverage`.
     """
 
     id: KvCodecId.ValueType
     name: str
     version: int = 1
     granularity: KvScaleGranularity.ValueType = KV_SCALE_GRANULARITY_UNSPECIFIED
+    shared_bytes: int = 0
 
     def __repr__(self) -> str:
         return f"<codec {self.name} v{self.version}>"
@@ -111,7 +113,8 @@ class Codec(ABC):
             rounding: One that the codec knows.
 
         Returns:
-            uint8 [heads, tokens / 32, group_bytes], the payload's bytes in order.
+            uint8 [heads, tokens / 32, group_bytes]: units, which are the payload's bytes in order if the codec has one
+            section.
 
         Raises:
             ValueError: A value is not finite, does not fit the codec's range, or the rounding is not the codec's.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 TILE: Final = 32
 FACE: Final = 16
 EXPONENT_BYTES: Final = 64
-SMALLEST_EXPONENT: Final = 7
-"""Groups below decode to zero: their step is subnormal, which accelerators flush."""
 BANNED_EXPONENT: Final = 255
 
 
@@ -53,6 +51,9 @@ def normalised(faces: NDArray[np.float32], exponents: NDArray[np.uint32]) -> NDA
 
 
 def steps(exponents: NDArray[np.uint8], magnitude_bits: int) -> NDArray[np.float32]:
-    """What one unit of magnitude is worth, 2^(E - 126 - magnitude_bits), or 0 below `SMALLEST_EXPONENT`."""
-    raised = np.where(exponents < SMALLEST_EXPONENT, 0, exponents.astype(np.uint32)).astype(np.uint32) << 23
+    """What one unit of magnitude is worth, 2^(E - 126 - magnitude_bits).
+
+    It is 0 where that is subnormal (E < magnitude_bits), because accelerators flush subnormals.
+    """
+    raised = np.where(exponents < magnitude_bits, 0, exponents.astype(np.uint32)).astype(np.uint32) << 23
     return np.asarray(raised.view(np.float32) * np.float32(2.0 ** (1 - magnitude_bits)))

@@ -1,7 +1,8 @@
-"""`tt_bfp8_b`: 8-bit block float in Tenstorrent's tiles, and the same quantisation without forming tiles.
+"""Block float of 8, 4 and 2 bits in Tenstorrent's tiles, and 8-bit quantisation without forming tiles.
 
 Arithmetic is on powers of two alone, so that every step is exact in float32 and results do not depend on the device:
-for 16 values with largest exponent E, magnitude = round(|x| * 2^(133 - E)) and x' = +-magnitude * 2^(E - 133).
+for 16 values with largest exponent E and m magnitude bits, magnitude = round(|x| * 2^(126 + m - E)) and
+x' = +-magnitude * 2^(E - 126 - m).
 
 The decoder runs for every block of pages inside attention, so it is written for few operations on few bytes: rows of 16
 are gathered into output order while they are still bytes, by indices computed once per geometry and device.
@@ -16,6 +17,7 @@ import torch
 from torch.nn.functional import hardshrink
 
 from hma_serve.quant.base import GROUP_TOKENS, Rounding, TorchCodec
+from hma_serve.quant.packing import pack_codes, unpack_codes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 TILE: Final = 32
 FACE: Final = 16
 EXPONENT_BYTES: Final = 64
-TILE_BYTES: Final = EXPONENT_BYTES + TILE * TILE
 _LARGEST: Final = 127
 _LARGEST_SUBNORMAL: Final = 2.0**-126 - 2.0**-149
 _SEVEN: Final = torch.tensor(7, dtype=torch.int8)  # tensors: wrapping a Python number costs as much as the operation
@@ -31,45 +32,74 @@ _MAGNITUDE: Final = torch.tensor(_LARGEST, dtype=torch.int8)
 _SMALLEST_POWER: Final = 2.0**-120  # exponent 7: groups below decode to zero
 
 
-class TtBfp8B(TorchCodec):
-    """head_dim / 32 tiles of 1088 bytes; bit for bit the vendor's host packer, or its chip's with `nearest_away`."""
+class TtBlockFloat(TorchCodec):
+    """head_dim / 32 tiles; bit for bit the vendor's host packer, or its chip's.
 
-    name = "tt_bfp8_b"
+    The chip rounds 8-bit elements ties away (`nearest_away`) and cuts 4-bit elements out of those (`truncate`).
+
+    Args:
+        bits: Of an element: 8, 4 or 2.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.name = f"tt_bfp{bits}_b"
+        self._bits = bits
+        self._tile_bytes = EXPONENT_BYTES + TILE * TILE * bits // 8
 
     def group_bytes(self, head_dim: int) -> int:
-        """34 bytes a channel."""
-        return head_dim // TILE * TILE_BYTES
+        """34, 18 or 10 bytes a channel."""
+        return head_dim // TILE * self._tile_bytes
 
     def _encode(self, x: Tensor, rounding: Rounding) -> Tensor:
         units, _, head_dim = x.shape
         count, rest = divmod(head_dim, TILE)
         if rest:
-            raise ValueError(f"tt_bfp8_b needs a multiple of {TILE} channels, not {head_dim}")
-        layout = _layout(count, x.device)
+            raise ValueError(f"{self.name} needs a multiple of {TILE} channels, not {head_dim}")
+        layout = _layout(count, self._bits, x.device)
         values = x.float().view(units, count * 64, FACE).index_select(1, layout.tile_rows)
         values = hardshrink(values, _LARGEST_SUBNORMAL)
         exponents = _largest_bits(values) >> 23
         scale = ((255 - exponents.clamp(min=1)) << 23).view(torch.float32)  # 2^(128 - E), always normal
-        codes = _round(values.mul_(scale).mul_(32.0), rounding).clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-        codes = codes.abs() | (codes & -128)  # two's complement to sign-magnitude
-        tiles = torch.empty((units, count, TILE_BYTES), dtype=torch.uint8, device=x.device)
+        codes = pack_codes(self._codes(values.mul_(scale), rounding), self._bits)
+        tiles = torch.empty((units, count, self._tile_bytes), dtype=torch.uint8, device=x.device)
         tiles[..., :EXPONENT_BYTES] = exponents.view(units, count, EXPONENT_BYTES)
-        tiles[..., EXPONENT_BYTES:] = codes.view(torch.uint8).view(units, count, TILE * TILE)
-        return tiles.view(units, count * TILE_BYTES)
+        tiles[..., EXPONENT_BYTES:] = codes.view(units, count, self._tile_bytes - EXPONENT_BYTES)
+        return tiles.view(units, count * self._tile_bytes)
+
+    def _codes(self, normal: Tensor, rounding: Rounding) -> Tensor:
+        """Sign-magnitude codes, uint8, of values divided by 2^(E - 128); overwrites them."""
+        bits, cut = self._bits, 0
+        if rounding == "truncate" and bits == 4:
+            bits, cut, rounding = 8, 4, "nearest_away"
+        largest = (1 << (bits - 1)) - 1
+        whole = _round(normal.mul_(2.0 ** (bits - 3)), rounding).clamp_(-largest, largest).to(torch.int8)
+        if self._bits == 8:
+            return (whole.abs() | (whole & -128)).view(torch.uint8)  # two's complement to sign-magnitude
+        magnitude = whole.abs() >> cut
+        negative = (whole < 0) & (magnitude > 0)
+        return (magnitude | (negative.to(torch.int8) << (self._bits - 1))).view(torch.uint8)
 
     def _decode(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         units, unit_bytes = packed.shape
-        count, rest = divmod(unit_bytes, TILE_BYTES)
+        count, rest = divmod(unit_bytes, self._tile_bytes)
         if rest:
-            raise ValueError(f"tt_bfp8_b has no units of {unit_bytes} bytes")
-        layout = _layout(count, packed.device)
-        codes = packed.view(torch.int8).view(units, unit_bytes // FACE, FACE).index_select(1, layout.element_rows)
-        signs = codes >> _SEVEN
-        codes.bitwise_xor_(signs & _MAGNITUDE).sub_(signs)  # sign-magnitude to two's complement
+            raise ValueError(f"{self.name} has no units of {unit_bytes} bytes")
+        layout = _layout(count, self._bits, packed.device)
+        row_bytes = FACE * self._bits // 8
+        rows = packed.view(units, unit_bytes // row_bytes, row_bytes).index_select(1, layout.element_rows)
         exponents = packed.index_select(1, layout.exponents).view(-1)
         steps = layout.steps.index_select(0, exponents.int())
-        values = codes.float().view(-1, FACE).mul_(steps.unsqueeze(1))
+        values = self._magnitudes(rows, layout).view(-1, FACE).mul_(steps.unsqueeze(1))
         return values.to(dtype).view(units * GROUP_TOKENS, count * TILE)
+
+    def _magnitudes(self, rows: Tensor, layout: _Layout) -> Tensor:
+        """Signed magnitudes, float32, of packed rows, which are overwritten."""
+        if self._bits < 8:
+            return layout.magnitudes.index_select(0, rows.view(-1).int())
+        codes = rows.view(torch.int8)
+        signs = codes >> _SEVEN
+        codes.bitwise_xor_(signs & _MAGNITUDE).sub_(signs)  # sign-magnitude to two's complement
+        return codes.float()
 
 
 def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_even") -> Tensor:
@@ -117,36 +147,43 @@ def _round(values: Tensor, rounding: Rounding) -> Tensor:
     if rounding == "nearest_away":
         whole = values.trunc()
         return values.sub_(whole).mul_(2.0).trunc_().add_(whole)  # |x| + 0.5 could itself round up
-    raise ValueError(f"bfp8 rounds nearest_even or nearest_away, not {rounding}")
+    raise ValueError(f"block float rounds nearest_even or nearest_away, not {rounding}")
 
 
 class _Layout(NamedTuple):
-    """Where the rows of 16 channels of a unit lie, and what its exponents mean, on one device.
+    """Where the rows of 16 channels of a unit lie, and what its bytes mean, on one device.
 
     Attributes:
-        element_rows: Of each output row in order (token, then 16 channels), its place among the unit's 16-byte runs.
+        element_rows: Of each output row in order (token, then 16 channels), its place among the unit's runs of codes.
         exponents: Of each output row, its exponent's place among the unit's bytes.
         tile_rows: Of each stored row in order, its place among the output rows.
-        steps: By exponent, what one unit of magnitude is worth: 2^(E - 133), 0 below 7, NaN at 255. float32 [256].
+        steps: By exponent, what one unit of magnitude is worth: 2^(E - 126 - m), 0 below m, NaN at 255. float32 [256].
+        magnitudes: By byte, the signed magnitudes in it. float32 [256, 8 / bits].
     """
 
     element_rows: Tensor
     exponents: Tensor
     tile_rows: Tensor
     steps: Tensor
+    magnitudes: Tensor
 
 
 @lru_cache(maxsize=64)
-def _layout(tiles: int, device: torch.device) -> _Layout:
+def _layout(tiles: int, bits: int, device: torch.device) -> _Layout:
     # Stored rows are numbered (tile, face row, face column, row); output rows (face row, row, tile, face column).
     tile_rows = torch.arange(tiles * 64).view(2, FACE, tiles, 2).permute(2, 0, 3, 1).reshape(-1)
     stored = tile_rows.argsort()
     tile, row = stored // 64, stored % 64
-    steps = ((torch.arange(256, dtype=torch.int32) - 6).clamp(min=0) << 23).view(torch.float32)
+    row_bytes = FACE * bits // 8
+    tile_bytes = EXPONENT_BYTES + TILE * TILE * bits // 8
+    steps = ((torch.arange(256, dtype=torch.int32) - (bits - 2)).clamp(min=0) << 23).view(torch.float32)
     steps[255] = torch.nan
+    sign = 1 << (bits - 1)
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8).unsqueeze(1), bits).float()
     return _Layout(
-        element_rows=(tile * (TILE_BYTES // FACE) + EXPONENT_BYTES // FACE + row).to(device),
-        exponents=(tile * TILE_BYTES + row).to(device),
+        element_rows=(tile * (tile_bytes // row_bytes) + EXPONENT_BYTES // row_bytes + row).to(device),
+        exponents=(tile * tile_bytes + row).to(device),
         tile_rows=tile_rows.to(device),
         steps=steps.to(device),
+        magnitudes=torch.where(codes < sign, codes, sign - codes).to(device),
     )
