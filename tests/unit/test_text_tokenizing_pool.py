@@ -22,11 +22,11 @@ class GatedTokenizer(Tokenizer):
         self.gate = threading.Event()
         self.threads: list[int] = []
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         self.threads.append(threading.get_ident())
         if len(text) > LIMIT:
             assert self.gate.wait(10)
-        return super().encode(text)
+        return super().encode(text, add_special=add_special)
 
 
 @pytest.fixture

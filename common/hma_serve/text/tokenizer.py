@@ -67,10 +67,15 @@ class Tokenizer:
         """Ids of the tokens that have no text of their own, such as end of sequence."""
         return self._special
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens that the checkpoint's own post-processor adds.
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of `text`.
 
         Releases the interpreter lock while it works: other threads run on.
+
+        Args:
+            text: Special tokens that are written in it count as such.
+            add_special: Add the special tokens that the checkpoint's own post-processor adds. A rendered conversation
+                has all of its own.
 
         Raises:
             InvalidArgument: The text has a lone surrogate, which no UTF-8 can hold.
@@ -80,7 +85,7 @@ class Tokenizer:
         except UnicodeEncodeError as exc:
             raise InvalidArgument("the text has a lone surrogate and is not valid Unicode", field="prompt") from exc
         # The batch call is the one that lets go of the lock; `encode` keeps it for its whole duration.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=True)
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special)
         ids: list[int] = encoding.ids
         return ids
 
@@ -88,6 +93,10 @@ class Tokenizer:
         """Text of `token_ids`; ids without a token are nothing."""
         table = self._visible if skip_special else self._table
         return b"".join([table[i] for i in token_ids if i < len(table)]).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, special or not; an id without a token has none."""
+        return self._table[token_id] if token_id < len(self._table) else b""
 
     def detokenizer(self, *, skip_special: bool = True) -> IncrementalDetokenizer:
         """A detokenizer for one completion."""
