@@ -43,7 +43,7 @@ from hma_serve.router.model import ServedModel
 from hma_serve.router.pipeline import Pipeline, run_pipeline
 from hma_serve.rpc import GrpcServer
 from hma_serve.telemetry.metrics import router_metrics
-from hma_serve.text import Tokenizer
+from hma_serve.text import ChatTemplate, Tokenizer
 from hma_serve.v1 import (
     common_pb2,
     decode_pb2,
@@ -73,9 +73,18 @@ def byte_tokenizer_json() -> str:
     return text
 
 
-def fake_model(fingerprint: str = "") -> ServedModel:
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}{{ mood }}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def fake_model(fingerprint: str = "", *, template: str | None = CHAT_TEMPLATE) -> ServedModel:
     """A served model without a checkpoint."""
-    return ServedModel(MODEL_NAME, fingerprint, VOCAB, WINDOW, Tokenizer(byte_tokenizer_json()), created=1)
+    chat_template = ChatTemplate(template) if template is not None else None
+    tokenizer = Tokenizer(byte_tokenizer_json())
+    return ServedModel(MODEL_NAME, fingerprint, VOCAB, WINDOW, tokenizer, chat_template, created=1)
 
 
 def write_fake_checkpoint(directory: Path) -> Path:
@@ -406,13 +415,15 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
 
 
 @asynccontextmanager
-async def running_pipeline(*workers: FakeWorker, **settings: Any) -> AsyncIterator[tuple[Pipeline, FakeRegistry]]:
+async def running_pipeline(
+    *workers: FakeWorker, model: ServedModel | None = None, **settings: Any
+) -> AsyncIterator[tuple[Pipeline, FakeRegistry]]:
     """A router's pipeline over fakes, once every registered worker is reachable; starts and stops the fakes too."""
     config = RouterConfig(registry="-", **settings)
     async with running(*workers):
         registry = FakeRegistry(*(worker.info for worker in workers))
         metrics = router_metrics(CollectorRegistry())
-        async with run_pipeline(config, fake_model(), registry, metrics) as pipeline:
+        async with run_pipeline(config, model or fake_model(), registry, metrics) as pipeline:
             await until(pipeline, lambda fleet: all(view.open for view in (*fleet.prefills, *fleet.decodes)))
             yield pipeline, registry
 

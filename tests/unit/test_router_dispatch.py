@@ -27,6 +27,7 @@ from hma_serve.router import attempt
 from hma_serve.router.completion import CompletionRequest, Delta, Event, Started
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
+from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.pipeline import Pipeline
 from hma_serve.rpc import GrpcServer
 from hma_serve.telemetry.http import serve_app
@@ -284,7 +285,9 @@ async def test_an_http_client_that_disconnects_frees_both_workers(stage: str, st
     async with running_fleet() as (fleet, pipeline):
         fleet.prefills[0].stalled = stage == "prefill"
         fleet.decodes[0].stall_after = 1
-        runner, address = await serve_app(build_app(pipeline.completions, pipeline.not_ready), "127.0.0.1:0")
+        runner, address = await serve_app(
+            build_app(pipeline.completions, pipeline.not_ready, HttpLimits()), "127.0.0.1:0"
+        )
         body = {"prompt": LONG, "max_tokens": 50, "stream": stream}
         async with ClientSession() as client:
             call = asyncio.create_task(client.post(f"http://{address}/v1/completions", json=body))
@@ -303,7 +306,9 @@ async def test_an_http_client_that_disconnects_frees_both_workers(stage: str, st
 async def test_a_failure_in_mid_stream_is_told_inside_the_stream() -> None:
     async with running_fleet() as (fleet, pipeline):
         fleet.decodes[0].fail_after, fleet.decodes[0].failure = 1, DataLoss("a page was lost")
-        runner, address = await serve_app(build_app(pipeline.completions, pipeline.not_ready), "127.0.0.1:0")
+        runner, address = await serve_app(
+            build_app(pipeline.completions, pipeline.not_ready, HttpLimits()), "127.0.0.1:0"
+        )
         async with ClientSession() as client:
             body = {"prompt": LONG, "stream": True}
             response = await client.post(f"http://{address}/v1/completions", json=body)

@@ -3,61 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
-from aiohttp import ClientResponse, web
-from aiohttp.test_utils import TestClient, TestServer
 
-from hma_serve.router.http.app import build_app
-from hma_serve.router.pipeline import Pipeline
-from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW, FakeDecode, FakePrefill, FakeRegistry, running_pipeline
+from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW
+from support.router_stack import JSON, MAX_BODY, Stack, assert_error, running_stack
 
-Client: TypeAlias = TestClient[web.Request, web.Application]
-
-MAX_BODY = 64 << 10
-JSON = {"Content-Type": "application/json"}
 LONG = "It was a dark and stormy night, and the rain fell in torrents. "
-
-
-class Stack:
-    """A router over one fake prefill and one fake decode."""
-
-    def __init__(
-        self, client: Client, pipeline: Pipeline, registry: FakeRegistry, prefill: FakePrefill, decode: FakeDecode
-    ) -> None:
-        self.client = client
-        self.pipeline = pipeline
-        self.registry = registry
-        self.prefill = prefill
-        self.decode = decode
-
-    def text(self, ids: list[int]) -> str:
-        return self.pipeline.completions.model.tokenizer.decode(ids)
-
-    async def complete(self, **body: Any) -> dict[str, Any]:
-        response = await self.client.post("/v1/completions", json=body)
-        assert response.status == 200, await response.text()
-        answer: dict[str, Any] = await response.json()
-        return answer
-
-    async def stream(self, **body: Any) -> list[Any]:
-        response = await self.client.post("/v1/completions", json=body | {"stream": True})
-        assert response.status == 200, await response.text()
-        assert response.content_type == "text/event-stream"
-        lines = (await response.text()).split("\n\n")
-        assert lines[-2:] == ["data: [DONE]", ""]
-        return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-
-
-@asynccontextmanager
-async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
-    prefill, decode = FakePrefill(), FakeDecode()
-    async with running_pipeline(prefill, decode, **settings) as (pipeline, registry):
-        app = build_app(pipeline.completions, pipeline.not_ready, max_body_bytes=MAX_BODY, body_timeout=0.2)
-        async with TestClient(TestServer(app)) as client:
-            yield Stack(client, pipeline, registry, prefill, decode)
 
 
 @pytest.fixture
@@ -461,16 +414,3 @@ async def test_an_unforeseen_failure_is_an_error_object_without_its_text(
         assert "secret" not in await response.text()
         await assert_error(response, 500, "internal", None)
     assert await stack.complete(prompt="a")
-
-
-async def assert_error(
-    response: ClientResponse, status: int, code: str, param: str | None, *, retry: bool = False
-) -> None:
-    assert response.status == status, await response.text()
-    assert response.content_type == "application/json"
-    error = (await response.json())["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param), error
-    assert error["message"]
-    assert response.headers["X-Request-Id"]
-    assert ("Retry-After" in response.headers) == retry

@@ -17,19 +17,20 @@ from hma_serve.core.errors import ContextLengthExceeded, HmaError, InvalidArgume
 from hma_serve.core.request import MAX_SEED, SamplingParams, Slo, StopConditions
 from hma_serve.router.admission import Shed
 from hma_serve.router.attempt import Job
+from hma_serve.router.conversation import with_roles_of
 from hma_serve.router.dispatch import Dispatcher, Ended, Placed, Tokens
 from hma_serve.router.fleet import Fleet
 from hma_serve.router.generated_text import GeneratedText
 from hma_serve.router.merge import merge
 from hma_serve.router.model import ServedModel
 from hma_serve.telemetry.metrics import RouterMetrics
-from hma_serve.text import TokenizingPool
+from hma_serve.text import Conversation, TokenizingPool
 from hma_serve.v1 import common_pb2
 
 MAX_COMPLETIONS = 32
 """Completions that one request may ask for: prompts times `n`."""
 
-Prompt = str | tuple[int, ...]
+Prompt = str | tuple[int, ...] | Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class CompletionRequest:
     """What a client asks for, before it is compared with the model and the fleet.
 
     Attributes:
-        prompts: Texts or token ids; at least one.
+        prompts: Texts, token ids or conversations; at least one.
         model: Name of the model; empty: the one there is.
         sampling: How tokens are drawn.
         stop: When completions end.
@@ -252,18 +253,23 @@ class Completions:
         return asked
 
     async def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        field_name = "prompt"
         if isinstance(prompt, str):
             ids = tuple(await self._tokenizing.encode(prompt))
+        elif isinstance(prompt, Conversation):
+            field_name = "messages"
+            conversation = with_roles_of(prompt, self.model.chat_template)
+            ids = tuple(await self._tokenizing.encode_conversation(conversation))
         else:
             ids = prompt
-            self._check_vocabulary(ids, "prompt")
+            self._check_vocabulary(ids, field_name)
         if not ids:
-            raise InvalidArgument("prompt must not be empty", field="prompt")
+            raise InvalidArgument(f"{field_name} must not be empty", field=field_name)
         if len(ids) >= self.window:
             raise ContextLengthExceeded(
                 f"the prompt has {len(ids)} tokens; the model's window is {self.window}, and the completion needs at "
                 "least one of them",
-                field="prompt",
+                field=field_name,
             )
         return ids
 

@@ -6,10 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import grpc.aio
+from google.protobuf import struct_pb2
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.router.completion import CompletionRequest, Completions, Delta, Event, Finished, Prepared, Prompt
+from hma_serve.router.conversation import checked_conversation
+from hma_serve.text import Conversation
 from hma_serve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -76,8 +79,39 @@ def _prompt(message: inference_pb2.GenerateRequest) -> Prompt:
             return message.text
         case "token_ids":
             return tuple(message.token_ids.ids)
+        case "chat":
+            return _conversation(message.chat)
         case _:
-            raise InvalidArgument("give the prompt as text or as token_ids", field="prompt")
+            raise InvalidArgument("give the prompt as text, as token_ids or as chat", field="prompt")
+
+
+def _conversation(chat: inference_pb2.ChatPrompt) -> Conversation:
+    return checked_conversation(
+        [_message(message) for message in chat.messages],
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+        variables={name: _value(value) for name, value in chat.template_kwargs.fields.items()},
+    )
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, str]:
+    named = {"name": message.name} if message.HasField("name") else {}
+    return {"role": message.role, "content": message.content, **named}
+
+
+def _value(value: struct_pb2.Value) -> object:
+    """A template's variable; a Struct has no integers, and `1.0` is not what a client wrote."""
+    match value.WhichOneof("kind"):
+        case "bool_value":
+            return value.bool_value
+        case "string_value":
+            return value.string_value
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "null_value" | None:
+            return None
+        case _:
+            return value
 
 
 def _response(event: Event, prepared: Prepared, *, with_prompt: bool) -> inference_pb2.GenerateResponse:

@@ -14,6 +14,7 @@ from hma_serve.registry import Watcher, open_readable_store
 from hma_serve.router.config import RouterConfig, build_parser, parse_config
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
+from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.model import load_model
 from hma_serve.router.pipeline import run_pipeline
 from hma_serve.rpc import GrpcServer
@@ -59,7 +60,7 @@ async def run(config: RouterConfig) -> None:
     ):
         grpc_server = GrpcServer("router", config.grpc_listen, [SERVICE])
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(pipeline.completions), grpc_server.server)
-        app = build_app(pipeline.completions, pipeline.not_ready, max_body_bytes=config.max_body_bytes)
+        app = build_app(pipeline.completions, pipeline.not_ready, HttpLimits(max_body_bytes=config.max_body_bytes))
         runner, http_address = await serve_app(app, config.http_listen)
         try:
             grpc_address = await grpc_server.start()

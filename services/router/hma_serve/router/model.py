@@ -1,4 +1,4 @@
-"""The model that this router serves: its name, tokenizer and limits, read once at start."""
+"""The model that this router serves: its name, tokenizer, chat template and limits, read once at start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
 from hma_serve.core.errors import HmaError
 from hma_serve.core.worker import WorkerInfo
-from hma_serve.text import Tokenizer
+from hma_serve.text import ChatTemplate, Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ class ServedModel:
         vocab_size: Token ids in prompts are below it.
         max_positions: The longest context the model itself allows, tokens.
         tokenizer: The checkpoint's.
+        chat_template: The checkpoint's; None: it has none, and conversations are refused.
         created: Unix seconds.
     """
 
@@ -33,6 +34,7 @@ class ServedModel:
     vocab_size: int
     max_positions: int
     tokenizer: Tokenizer
+    chat_template: ChatTemplate | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def served_by(self, worker: WorkerInfo) -> bool:
@@ -43,7 +45,7 @@ class ServedModel:
 
 
 def load_model(model: str) -> ServedModel:
-    """Reads a checkpoint's configuration and tokenizer; BLOCKING.
+    """Reads a checkpoint's configuration, tokenizer and chat template; BLOCKING.
 
     Args:
         model: `demo`, a directory or a Hub id.
@@ -59,6 +61,7 @@ def load_model(model: str) -> ServedModel:
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
         tokenizer=Tokenizer.from_directory(directory),
+        chat_template=ChatTemplate.from_directory(directory),
     )
 
 

@@ -50,7 +50,7 @@ async def run_pipeline(
 ) -> AsyncIterator[Pipeline]:
     """Starts the parts in order and takes them down in reverse; channels are closed last."""
     channels = ChannelCache(limit=config.max_channels)
-    tokenizing = TokenizingPool(model.tokenizer)
+    tokenizing = TokenizingPool(model.tokenizer, model.chat_template)
     try:
         async with FleetKeeper(snapshots, channels, model.served_by) as keeper:
             admission = Admission(

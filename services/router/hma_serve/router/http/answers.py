@@ -1,20 +1,21 @@
-"""Completions in OpenAI's shape: one object, or a stream of chunks."""
+"""Answers in OpenAI's shapes: one object, or a stream of chunks. What both endpoints have in common."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from hma_serve.router.completion import Delta, Finished, Prepared
-from hma_serve.router.http.completion_body import CompletionBody
+from hma_serve.router.http.generation_body import GenerationBody
 from hma_serve.text import Tokenizer
 from hma_serve.v1 import common_pb2
 
 _REASONS = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
 
-class Answer:
-    """What all chunks of one answer, or the whole answer, have in common.
+class Answer(ABC):
+    """One answer: what its chunks, or all of it, have in common.
 
     Args:
         prepared: The request.
@@ -23,41 +24,43 @@ class Answer:
         created: Unix seconds.
     """
 
-    def __init__(self, prepared: Prepared, body: CompletionBody, tokenizer: Tokenizer, created: int) -> None:
+    id_prefix: ClassVar[str]
+    object_name: ClassVar[str]
+    chunk_name: ClassVar[str]
+
+    def __init__(self, prepared: Prepared, body: GenerationBody, tokenizer: Tokenizer, created: int) -> None:
         self._prepared = prepared
         self._body = body
         self._tokenizer = tokenizer
         self._head = {
-            "id": f"cmpl-{prepared.request_id}",
-            "object": "text_completion",
+            "id": f"{self.id_prefix}-{prepared.request_id}",
+            "object": self.chunk_name if body.stream else self.object_name,
             "created": created,
             "model": prepared.model,
         }
-        self._offsets = [0] * len(prepared.jobs)
         self._seen = [False] * len(prepared.jobs)
         self._tokens = [0] * len(prepared.jobs)
         self._cached = 0
 
     # Streaming.
 
+    @abstractmethod
     def opening(self) -> Iterator[dict[str, Any]]:
-        """Chunks that come before any token: the prompts, if they are echoed."""
-        if self._body.echo:
-            for index, job in enumerate(self._prepared.jobs):
-                yield self._chunk(self._choice(index, self._prompt_text(job.prompt)))
+        """Chunks that come before any token."""
 
     def delta_chunk(self, event: Delta) -> dict[str, Any]:
         """More of one completion."""
-        return self._chunk(self._delta_choice(event))
+        self._count(event)
+        return self._chunk(self._with_ids(self._delta_choice(event), event))
 
     def finish_chunk(self, event: Finished) -> dict[str, Any]:
         """The end of one completion."""
-        self._note_end(event)
-        return self._chunk(self._ended(self._choice(event.index, ""), event))
+        self._cached += event.cached_tokens
+        return self._chunk(_ended(self._last_choice(event.index), event))
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, with no choices, for `stream_options.include_usage`."""
-        return {**self._head, "choices": [], "usage": self.usage()}
+        return {**self._head, "choices": [], "usage": self._usage()}
 
     # All at once.
 
@@ -65,21 +68,38 @@ class Answer:
         """The answer that is not streamed."""
         choices = []
         for end in sorted(ends, key=lambda event: event.index):
-            self._note_end(end)
-            own = [delta for delta in deltas if delta.index == end.index]
-            joined = Delta(
-                end.index,
-                "".join(delta.text for delta in own),
-                tuple(token for delta in own for token in delta.token_ids),
-                tuple(logprobs for delta in own for logprobs in delta.logprobs),
-            )
-            choice = self._ended(self._delta_choice(joined), end)
-            if self._body.echo:
-                choice["text"] = self._prompt_text(self._prepared.jobs[end.index].prompt) + choice["text"]
-            choices.append(choice)
-        return {**self._head, "choices": choices, "usage": self.usage()}
+            joined = _joined(end.index, deltas)
+            self._count(joined)
+            self._cached += end.cached_tokens
+            choices.append(_ended(self._with_ids(self._whole_choice(joined), joined), end))
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
-    def usage(self) -> dict[str, Any]:
+    # What the endpoints' shapes differ in.
+
+    @abstractmethod
+    def _delta_choice(self, event: Delta) -> dict[str, Any]:
+        """The choice of a chunk with more text."""
+
+    @abstractmethod
+    def _last_choice(self, index: int) -> dict[str, Any]:
+        """The choice of a completion's last chunk, without its reason."""
+
+    @abstractmethod
+    def _whole_choice(self, joined: Delta) -> dict[str, Any]:
+        """A whole completion, without its reason."""
+
+    # Parts.
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
+        if self._body.continuous_usage:
+            chunk["usage"] = self._usage()
+        return chunk
+
+    def _count(self, event: Delta) -> None:
+        self._tokens[event.index] += len(event.token_ids)
+
+    def _usage(self) -> dict[str, Any]:
         """Tokens so far."""
         prompt, completion = self._prepared.prompt_tokens, sum(self._tokens)
         return {
@@ -89,22 +109,7 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": self._cached},
         }
 
-    # Parts.
-
-    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk: dict[str, Any] = {**self._head, "choices": [choice]}
-        if self._body.continuous_usage:
-            chunk["usage"] = self.usage()
-        return chunk
-
-    def _choice(self, index: int, text: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
-
-    def _delta_choice(self, event: Delta) -> dict[str, Any]:
-        choice = self._choice(event.index, event.text)
-        self._tokens[event.index] += len(event.token_ids)
-        if event.logprobs:
-            choice["logprobs"] = self._logprobs(event)
+    def _with_ids(self, choice: dict[str, Any], event: Delta) -> dict[str, Any]:
         if self._body.return_token_ids:
             choice["token_ids"] = list(event.token_ids)
             if not self._seen[event.index]:
@@ -112,32 +117,21 @@ class Answer:
                 choice["prompt_token_ids"] = list(self._prepared.jobs[event.index].prompt)
         return choice
 
-    def _ended(self, choice: dict[str, Any], event: Finished) -> dict[str, Any]:
-        choice["finish_reason"] = _REASONS.get(event.reason, "stop")
-        choice["stop_reason"] = event.stop_match
-        return choice
-
-    def _note_end(self, event: Finished) -> None:
-        self._cached += event.cached_tokens
-
-    def _prompt_text(self, prompt: Sequence[int]) -> str:
-        return self._tokenizer.decode(prompt)
-
-    def _logprobs(self, event: Delta) -> dict[str, Any]:
-        """OpenAI's four parallel lists."""
-        tokens = [self._token_text(token_id) for token_id in event.token_ids]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[event.index])
-            self._offsets[event.index] += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [entry.chosen.logprob for entry in event.logprobs],
-            "top_logprobs": [
-                {self._token_text(top.token_id): top.logprob for top in entry.top} for entry in event.logprobs
-            ],
-            "text_offset": offsets,
-        }
-
     def _token_text(self, token_id: int) -> str:
         return self._tokenizer.decode((token_id,), skip_special=False)
+
+
+def _joined(index: int, deltas: Sequence[Delta]) -> Delta:
+    own = [delta for delta in deltas if delta.index == index]
+    return Delta(
+        index,
+        "".join(delta.text for delta in own),
+        tuple(token for delta in own for token in delta.token_ids),
+        tuple(logprobs for delta in own for logprobs in delta.logprobs),
+    )
+
+
+def _ended(choice: dict[str, Any], event: Finished) -> dict[str, Any]:
+    choice["finish_reason"] = _REASONS.get(event.reason, "stop")
+    choice["stop_reason"] = event.stop_match
+    return choice

@@ -9,7 +9,12 @@ from aiohttp import web
 
 from hma_serve.core.errors import HmaError, Internal
 from hma_serve.router.completion import Completions
-from hma_serve.router.http.completions_endpoint import CompletionsEndpoint
+from hma_serve.router.http.chat_answer import ChatAnswer
+from hma_serve.router.http.chat_body import read_chat_body
+from hma_serve.router.http.completion_answer import CompletionAnswer
+from hma_serve.router.http.completion_body import read_completion_body
+from hma_serve.router.http.generation_endpoint import GenerationEndpoint
+from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.http.openai_errors import error_response, http_error_response, json_response
 from hma_serve.router.http.requests import REQUEST_ID, request_id_of
 from hma_serve.telemetry.http import NotReady, add_status_routes
@@ -19,24 +24,23 @@ _log = logging.getLogger(__name__)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def build_app(
-    completions: Completions, not_ready: NotReady, *, max_body_bytes: int = 4 << 20, body_timeout: float = 30.0
-) -> web.Application:
+def build_app(completions: Completions, not_ready: NotReady, limits: HttpLimits) -> web.Application:
     """The application.
 
     Args:
         completions: The pipeline.
         not_ready: Why requests cannot be served; None when they can.
-        max_body_bytes: Largest body that is read.
-        body_timeout: Seconds in which a client must have sent its body.
+        limits: What a client may cost.
     """
-    app = web.Application(middlewares=[_answer_everything], client_max_size=max_body_bytes)
+    app = web.Application(middlewares=[_answer_everything], client_max_size=limits.max_body_bytes)
     app.on_response_prepare.append(_add_request_id)
     add_status_routes(app, not_ready)
     app.router.add_get("/health", _health)
     app.router.add_get("/v1/models", _models(completions))
-    endpoint = CompletionsEndpoint(completions, max_body_bytes=max_body_bytes, body_timeout=body_timeout)
-    app.router.add_post("/v1/completions", endpoint.post)
+    text = GenerationEndpoint(completions, read_completion_body, CompletionAnswer, limits)
+    chat = GenerationEndpoint(completions, read_chat_body, ChatAnswer, limits)
+    app.router.add_post("/v1/completions", text.post)
+    app.router.add_post("/v1/chat/completions", chat.post)
     return app
 
 

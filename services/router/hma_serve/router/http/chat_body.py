@@ -1,0 +1,100 @@
+"""The body of `/v1/chat/completions`.
+
+Message contents reach the template as texts: parts of a content are joined by newlines, an absent content is empty. All
+other fields of a message reach it as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.router.conversation import checked_conversation
+from hma_serve.router.http import fields
+from hma_serve.router.http.generation_body import Caller, GenerationBody, read_generation_body
+from hma_serve.text import Conversation
+
+
+def read_chat_body(body: Mapping[str, Any], caller: Caller) -> GenerationBody:
+    """Reads a JSON object; raises InvalidArgument for a field of the wrong type or shape."""
+    _refuse_unsupported(body)
+    return read_generation_body(body, caller, (_conversation(body),), logprobs=_logprobs(body), default_max_tokens=None)
+
+
+def _conversation(body: Mapping[str, Any]) -> Conversation:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidArgument("messages must be a list of at least one message", field="messages")
+    return checked_conversation(
+        [_message(message, f"messages[{position}]") for position, message in enumerate(messages)],
+        tools=_tools(body),
+        add_generation_prompt=fields.boolean(body, "add_generation_prompt", default=True),
+        variables=fields.obj(body, "chat_template_kwargs"),
+    )
+
+
+def _message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidArgument(f"{where} must be an object", field=where)
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise InvalidArgument(f"{where}.role must be a string", field=f"{where}.role")
+    calls = message.get("tool_calls")
+    if calls is not None and not _are_objects(calls):
+        raise InvalidArgument(f"{where}.tool_calls must be a list of objects", field=f"{where}.tool_calls")
+    return {**message, "content": _content(message.get("content"), f"{where}.content")}
+
+
+def _content(content: object, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidArgument(f"{where} must be a string or a list of text parts", field=where)
+    return "\n".join(_part(part, where) for part in content)
+
+
+def _part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(text := part.get("text"), str):
+        return text
+    raise InvalidArgument(f"{where} may have parts of type text only; this model reads nothing else", field=where)
+
+
+def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    tools = body.get("tools")
+    if tools is None or body.get("tool_choice") == "none":
+        return None
+    if not _are_objects(tools):
+        raise InvalidArgument("tools must be a list of objects", field="tools")
+    found: list[dict[str, Any]] = tools
+    return found
+
+
+def _are_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _logprobs(body: Mapping[str, Any]) -> int | None:
+    """Alternatives per token: `logprobs` switches them on, `top_logprobs` says how many beside the token itself."""
+    top = fields.integer(body, "top_logprobs")
+    if fields.boolean(body, "logprobs"):
+        return top or 0
+    if top:
+        raise InvalidArgument("top_logprobs needs logprobs=true", field="top_logprobs")
+    return None
+
+
+def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+    """What would change the answer must not be ignored silently."""
+    if body.get("tool_choice") not in (None, "none", "auto"):
+        raise InvalidArgument("tool_choice must be none or auto: calls cannot be forced", field="tool_choice")
+    if body.get("functions") or body.get("function_call") not in (None, "none", "auto"):
+        raise InvalidArgument("functions are not supported; use tools", field="functions")
+    if fields.obj(body, "response_format").get("type", "text") != "text":
+        raise InvalidArgument("response_format must be text: output cannot be constrained", field="response_format")
+    if body.get("modalities") not in (None, [], ["text"]):
+        raise InvalidArgument("modalities must be text alone", field="modalities")
