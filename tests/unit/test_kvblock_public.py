@@ -9,7 +9,7 @@ from hma_serve import kvblock
 
 PACKAGE = Path(kvblock.__file__).parent
 MAY_IMPORT = ("numpy", "google_crc32c", "google.protobuf", "hma_serve.v1", "hma_serve.kvblock")
-STANDARD = {"__future__", "abc", "collections.abc", "dataclasses", "types", "typing"}
+STANDARD = {"__future__", "abc", "collections.abc", "dataclasses", "hashlib", "struct", "types", "typing"}
 
 
 def test_exports() -> None:
@@ -25,7 +25,10 @@ def test_exports() -> None:
         "Codec",
         "Coverage",
         "KvFormatError",
+        "LayerKv",
         "Limits",
+        "OffsetCalibration",
+        "OffsetTable",
         "Payload",
         "Rectangle",
         "RolePlan",
@@ -34,13 +37,19 @@ def test_exports() -> None:
         "StreamReader",
         "StreamWriter",
         "build_manifest",
+        "build_mixed_manifest",
+        "channel_order",
         "check_offer",
         "check_plan",
+        "check_semantics",
         "codec",
         "codec_for",
         "codec_names",
         "decode_frame",
+        "describe_support",
         "encode_frame",
+        "negotiate",
+        "semantic_hash",
         "split_blocks",
         "validate_block",
         "validate_manifest",

@@ -18,8 +18,18 @@ from hma_serve.kvblock.limits import (
     MAX_MESSAGE_BYTES,
     Limits,
 )
-from hma_serve.kvblock.manifest import RolePlan, StreamPlan, build_manifest, validate_manifest
+from hma_serve.kvblock.manifest import (
+    LayerKv,
+    RolePlan,
+    StreamPlan,
+    build_manifest,
+    build_mixed_manifest,
+    validate_manifest,
+)
+from hma_serve.kvblock.negotiation import check_semantics, describe_support, negotiate, semantic_hash
+from hma_serve.kvblock.offset import OffsetCalibration, OffsetTable
 from hma_serve.kvblock.pairing import Acceptance, check_offer, check_plan
+from hma_serve.kvblock.rope import channel_order
 from hma_serve.kvblock.split import Rectangle, split_blocks
 from hma_serve.kvblock.stream import StreamReader, StreamWriter
 
@@ -35,7 +45,10 @@ __all__ = [
     "Codec",
     "Coverage",
     "KvFormatError",
+    "LayerKv",
     "Limits",
+    "OffsetCalibration",
+    "OffsetTable",
     "Payload",
     "Rectangle",
     "RolePlan",
@@ -44,13 +57,19 @@ __all__ = [
     "StreamReader",
     "StreamWriter",
     "build_manifest",
+    "build_mixed_manifest",
+    "channel_order",
     "check_offer",
     "check_plan",
+    "check_semantics",
     "codec",
     "codec_for",
     "codec_names",
     "decode_frame",
+    "describe_support",
     "encode_frame",
+    "negotiate",
+    "semantic_hash",
     "split_blocks",
     "validate_block",
     "validate_manifest",

@@ -38,7 +38,7 @@ from hma_serve.v1.kv_block_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from hma_serve.v1.kv_block_pb2 import KvOffset, KvProducer, KvRole, KvRope, KvRounding
 
@@ -68,6 +68,25 @@ class RolePlan:
     codec: Codec
     codec_index: int
     group_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKv:
+    """The KV of one layer, for models whose layers differ.
+
+    Attributes:
+        kv_heads: KV heads.
+        k_dim: Channels of a key.
+        v_dim: Channels of a value.
+        k_codec: How keys are packed.
+        v_codec: How values are packed.
+    """
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    k_codec: Codec
+    v_codec: Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +133,7 @@ def build_manifest(
     rounding: KvRounding.ValueType = KV_ROUNDING_NEAREST_EVEN,
     producer: KvProducer | None = None,
 ) -> KvManifest:
-    """Describe a stream of a model whose layers are all alike. For others, add layer groups to the result.
+    """Describe a stream of a model whose layers are all alike.
 
     Args:
         model_fingerprint: SHA-256 hex of weights revision, config and K offset.
@@ -131,18 +150,67 @@ def build_manifest(
         rounding: What the encoders did.
         producer: Who sends.
     """
-    v_codec = v_codec or k_codec
-    codecs = [k_codec] if v_codec is k_codec else [k_codec, v_codec]
-    roles = [
-        KvRoleSpec(role=role, kv_heads=kv_heads, head_dim=head_dim, codec=codecs.index(packed))
-        for role, packed in ((KV_ROLE_K, k_codec), (KV_ROLE_V, v_codec))
-    ]
+    layer = LayerKv(kv_heads, head_dim, head_dim, k_codec, v_codec or k_codec)
+    return build_mixed_manifest(
+        model_fingerprint=model_fingerprint,
+        layers=[layer] * layers,
+        token_start=token_start,
+        token_count=token_count,
+        rope=rope,
+        qk_norm=qk_norm,
+        rotation_id=rotation_id,
+        rounding=rounding,
+        producer=producer,
+    )
+
+
+def build_mixed_manifest(
+    *,
+    model_fingerprint: str,
+    layers: Sequence[LayerKv],
+    token_start: int,
+    token_count: int,
+    rope: KvRope | None,
+    qk_norm: bool,
+    rotation_id: int = 0,
+    rounding: KvRounding.ValueType = KV_ROUNDING_NEAREST_EVEN,
+    producer: KvProducer | None = None,
+) -> KvManifest:
+    """Describe a stream of a model whose layers may differ: those alike form one layer group.
+
+    Args:
+        model_fingerprint: As `build_manifest`, like all that are not named here.
+        layers: Of each layer in order.
+        token_start: Position of the first token, a multiple of 32.
+        token_count: Tokens, a multiple of 32.
+        rope: How RoPE was applied to K; None: not at all.
+        qk_norm: Keys were RMS-normalised per head before RoPE.
+        rotation_id: Rotation applied before packing; 0: none.
+        rounding: What the encoders did.
+        producer: Who sends.
+    """
+    codecs = list(dict.fromkeys(packed for layer in layers for packed in (layer.k_codec, layer.v_codec)))
+    groups: dict[LayerKv, list[int]] = {}
+    for index, layer in enumerate(layers):
+        groups.setdefault(layer, []).append(index)
     return KvManifest(
         format_major=FORMAT_MAJOR,
         format_minor=FORMAT_MINOR,
         model_fingerprint=model_fingerprint,
         codecs=[packed.spec(rounding) for packed in codecs],
-        layer_groups=[KvLayerGroup(layers=range(layers), roles=roles)],
+        layer_groups=[
+            KvLayerGroup(
+                layers=indices,
+                roles=[
+                    KvRoleSpec(role=role, kv_heads=kind.kv_heads, head_dim=head_dim, codec=codecs.index(packed))
+                    for role, head_dim, packed in (
+                        (KV_ROLE_K, kind.k_dim, kind.k_codec),
+                        (KV_ROLE_V, kind.v_dim, kind.v_codec),
+                    )
+                ],
+            )
+            for kind, indices in groups.items()
+        ],
         rope=rope,
         qk_norm=qk_norm,
         rotation_id=rotation_id,
@@ -155,7 +223,7 @@ def build_manifest(
 def validate_manifest(manifest: KvManifest, limits: Limits | None = None) -> StreamPlan:
     """Check every rule that a manifest can break by itself, and derive the plan.
 
-    Whether this receiver wants such a stream is another question: `check_manifest`.
+    Whether this receiver wants such a stream is another question: `check_plan`.
 
     Args:
         manifest: From the stream's open frame.

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Final
 
 from hma_serve.kvblock.codecs import codec_for
 from hma_serve.kvblock.errors import Incompatible
-from hma_serve.v1.kv_block_pb2 import KvRope, KvRopePairing
+from hma_serve.kvblock.negotiation import check_semantics
+from hma_serve.kvblock.offset import OffsetTable
+from hma_serve.v1.kv_block_pb2 import KvRope, KvRopePairing, KvSemantics
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hma_serve.kvblock.codecs import Codec
     from hma_serve.kvblock.manifest import StreamPlan
     from hma_serve.v1.decode_pb2 import KvOffer
@@ -38,6 +42,9 @@ class Acceptance:
         qk_norm: The model normalises keys per head before RoPE.
         rotation_id: Rotation that the receiver undoes; 0: none.
         k_offsets: The receiver adds q.c to the scores of offset blocks.
+        k_offset_digest: Of the table that it adds (`OffsetTable.digest`); None: it takes what the manifest brings.
+        shapes: (KV heads, head_dim) by (layer, role), for a model whose layers differ; None: all are alike.
+        rope_pairings: Channel orders of K that are read besides that of `rope`.
     """
 
     model_fingerprint: str
@@ -49,6 +56,24 @@ class Acceptance:
     qk_norm: bool
     rotation_id: int = 0
     k_offsets: bool = False
+    k_offset_digest: str | None = None
+    shapes: Mapping[tuple[int, int], tuple[int, int]] | None = None
+    rope_pairings: tuple[KvRopePairing.ValueType, ...] = ()
+
+    @property
+    def semantics(self) -> KvSemantics:
+        """What a producer must agree in."""
+        rope = self.rope or KvRope()
+        return KvSemantics(
+            model_fingerprint=self.model_fingerprint,
+            layers=self.layers,
+            kv_heads=0 if self.shapes else self.kv_heads,
+            head_dim=0 if self.shapes else self.head_dim,
+            rope_theta=rope.theta,
+            rope_scaling_hash=rope.scaling_hash,
+            qk_norm=self.qk_norm,
+            rotation_id=self.rotation_id,
+        )
 
 
 def check_offer(offer: KvOffer, accepts: Acceptance) -> None:
@@ -61,7 +86,10 @@ def check_offer(offer: KvOffer, accepts: Acceptance) -> None:
     _same("model_fingerprint", offer.model_fingerprint, accepts.model_fingerprint)
     _check_codec("k_codec", offer.k_codec, accepts)
     _check_codec("v_codec", offer.v_codec, accepts)
-    _check_rope(offer.rope, accepts.rope)
+    _check_rope(offer.rope, accepts)
+    if offer.HasField("semantics"):
+        check_semantics(offer.semantics, accepts.semantics)
+    _check_offsets(bool(offer.k_offsets), accepts)
 
 
 def check_plan(plan: StreamPlan, accepts: Acceptance) -> None:
@@ -75,10 +103,16 @@ def check_plan(plan: StreamPlan, accepts: Acceptance) -> None:
     _check_geometry(plan, accepts)
     for index, spec in enumerate(manifest.codecs):
         _check_codec(f"codecs[{index}]", spec, accepts)
-    _check_rope(manifest.rope, accepts.rope)
+    _check_rope(manifest.rope, accepts)
     _same("qk_norm", manifest.qk_norm, accepts.qk_norm)
     _same("rotation_id", manifest.rotation_id, accepts.rotation_id)
-    if manifest.k_offsets and not accepts.k_offsets:
+    _check_offsets(bool(manifest.k_offsets), accepts)
+    if accepts.k_offset_digest is not None:
+        _same("k_offsets", OffsetTable.from_proto(manifest.k_offsets).digest(), accepts.k_offset_digest)
+
+
+def _check_offsets(offered: bool, accepts: Acceptance) -> None:
+    if offered and not accepts.k_offsets:
         raise Incompatible("the producer subtracts K offsets, the receiver does not add them", field="k_offsets")
 
 
@@ -91,9 +125,12 @@ def _check_geometry(plan: StreamPlan, accepts: Acceptance) -> None:
         )
     for (layer, role), role_plan in plan.roles.items():
         where = f"(layer {layer}, role {role})"
-        _same("kv_heads", role_plan.kv_heads, accepts.kv_heads, where)
-        _same("head_dim", role_plan.head_dim, accepts.head_dim, where)
-    if len(plan.roles) != 2 * accepts.layers:
+        shape = (accepts.kv_heads, accepts.head_dim) if accepts.shapes is None else accepts.shapes.get((layer, role))
+        if shape is None:
+            raise Incompatible(f"the receiver's layer {layer} has no role {role}", field="roles")
+        _same("kv_heads", role_plan.kv_heads, shape[0], where)
+        _same("head_dim", role_plan.head_dim, shape[1], where)
+    if len(plan.roles) != (2 * accepts.layers if accepts.shapes is None else len(accepts.shapes)):
         raise Incompatible("a layer lacks K or V", field="roles")
 
 
@@ -104,9 +141,10 @@ def _check_codec(field: str, spec: KvCodecSpec, accepts: Acceptance) -> None:
         raise Incompatible(f"the producer sends {codec.name}, the receiver accepts {names}", field=field)
 
 
-def _check_rope(offered: KvRope, wanted: KvRope | None) -> None:
-    wanted = wanted or KvRope()
-    _same("rope.pairing", _pairing_name(offered.pairing), _pairing_name(wanted.pairing))
+def _check_rope(offered: KvRope, accepts: Acceptance) -> None:
+    wanted = accepts.rope or KvRope()
+    if offered.pairing not in accepts.rope_pairings:
+        _same("rope.pairing", _pairing_name(offered.pairing), _pairing_name(wanted.pairing))
     _same("rope.theta", offered.theta, wanted.theta)
     _same("rope.scaling_hash", offered.scaling_hash, wanted.scaling_hash)
 

@@ -11,9 +11,20 @@ from hma_serve.quant.block_float import TtBlockFloat, fake_quantize_bfp8
 from hma_serve.quant.fp8 import all_fp8
 from hma_serve.quant.integer import Int4, Int8
 from hma_serve.quant.microscaling import MxFp4, MxFp8, MxInt8, NvFp4
+from hma_serve.quant.offset import offset_scores, reference_attention, subtract_offset
 from hma_serve.quant.plain import Plain
 
-__all__ = ["GROUP_TOKENS", "Rounding", "TorchCodec", "codec", "codec_names", "fake_quantize_bfp8"]
+__all__ = [
+    "GROUP_TOKENS",
+    "Rounding",
+    "TorchCodec",
+    "codec",
+    "codec_names",
+    "fake_quantize_bfp8",
+    "offset_scores",
+    "reference_attention",
+    "subtract_offset",
+]
 
 _ALL: Final[tuple[TorchCodec, ...]] = (
     Plain("f32", torch.float32),

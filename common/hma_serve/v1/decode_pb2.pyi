@@ -82,14 +82,22 @@ class KvOffer(_message.Message):
     V_CODEC_FIELD_NUMBER: _builtins.int
     ROPE_FIELD_NUMBER: _builtins.int
     PRODUCER_INSTANCE_FIELD_NUMBER: _builtins.int
+    SEMANTICS_FIELD_NUMBER: _builtins.int
+    K_OFFSETS_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     producer_instance: _builtins.str
+    k_offsets: _builtins.bool
+    """The producer subtracts K offsets."""
     @_builtins.property
     def k_codec(self) -> _kv_block_pb2.KvCodecSpec: ...
     @_builtins.property
     def v_codec(self) -> _kv_block_pb2.KvCodecSpec: ...
     @_builtins.property
     def rope(self) -> _kv_block_pb2.KvRope: ...
+    @_builtins.property
+    def semantics(self) -> _kv_block_pb2.KvSemantics:
+        """If set, what the producer's manifest will say of these, so that a wrong pair is refused before pages are held."""
+
     def __init__(
         self,
         *,
@@ -98,10 +106,12 @@ class KvOffer(_message.Message):
         v_codec: _kv_block_pb2.KvCodecSpec | None = ...,
         rope: _kv_block_pb2.KvRope | None = ...,
         producer_instance: _builtins.str = ...,
+        semantics: _kv_block_pb2.KvSemantics | None = ...,
+        k_offsets: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "rope", b"rope", "v_codec", b"v_codec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "model_fingerprint", b"model_fingerprint", "producer_instance", b"producer_instance", "rope", b"rope", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "k_offsets", b"k_offsets", "model_fingerprint", b"model_fingerprint", "producer_instance", b"producer_instance", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

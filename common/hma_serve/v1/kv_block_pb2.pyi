@@ -450,6 +450,177 @@ class KvOffset(_message.Message):
 Global___KvOffset: _TypeAlias = KvOffset  # noqa: Y015
 
 @_typing.final
+class KvOffsetTable(_message.Message):
+    """Offsets as a file: calibrated once for a model and profile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    OFFSETS_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.str
+    """Of the model without offsets."""
+    profile: _builtins.str
+    """Prefill profile under which they were calibrated."""
+    @_builtins.property
+    def offsets(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvOffset]: ...
+    def __init__(
+        self,
+        *,
+        model_fingerprint: _builtins.str = ...,
+        profile: _builtins.str = ...,
+        offsets: _abc.Iterable[Global___KvOffset] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_fingerprint", b"model_fingerprint", "offsets", b"offsets", "profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvOffsetTable: _TypeAlias = KvOffsetTable  # noqa: Y015
+
+@_typing.final
+class KvSemantics(_message.Message):
+    """What two sides must agree in, whatever they support. Compared before anything is held."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    KV_HEADS_FIELD_NUMBER: _builtins.int
+    HEAD_DIM_FIELD_NUMBER: _builtins.int
+    ROPE_THETA_FIELD_NUMBER: _builtins.int
+    ROPE_SCALING_HASH_FIELD_NUMBER: _builtins.int
+    QK_NORM_FIELD_NUMBER: _builtins.int
+    ROTATION_ID_FIELD_NUMBER: _builtins.int
+    model_fingerprint: _builtins.str
+    layers: _builtins.int
+    kv_heads: _builtins.int
+    """Heads and head_dim of every layer; 0 where layers differ, and then the fingerprint speaks for them."""
+    head_dim: _builtins.int
+    rope_theta: _builtins.float
+    rope_scaling_hash: _builtins.str
+    qk_norm: _builtins.bool
+    rotation_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        model_fingerprint: _builtins.str = ...,
+        layers: _builtins.int = ...,
+        kv_heads: _builtins.int = ...,
+        head_dim: _builtins.int = ...,
+        rope_theta: _builtins.float = ...,
+        rope_scaling_hash: _builtins.str = ...,
+        qk_norm: _builtins.bool = ...,
+        rotation_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_dim", b"head_dim", "kv_heads", b"kv_heads", "layers", b"layers", "model_fingerprint", b"model_fingerprint", "qk_norm", b"qk_norm", "rope_scaling_hash", b"rope_scaling_hash", "rope_theta", b"rope_theta", "rotation_id", b"rotation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSemantics: _TypeAlias = KvSemantics  # noqa: Y015
+
+@_typing.final
+class KvSupport(_message.Message):
+    """What one side can send or read; lists are in order of preference."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_MAJOR_FIELD_NUMBER: _builtins.int
+    FORMAT_MINOR_FIELD_NUMBER: _builtins.int
+    SEMANTIC_HASH_FIELD_NUMBER: _builtins.int
+    SEMANTICS_FIELD_NUMBER: _builtins.int
+    K_CODECS_FIELD_NUMBER: _builtins.int
+    V_CODECS_FIELD_NUMBER: _builtins.int
+    PAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    ROPE_PAIRINGS_FIELD_NUMBER: _builtins.int
+    K_OFFSETS_FIELD_NUMBER: _builtins.int
+    EXTENSIONS_FIELD_NUMBER: _builtins.int
+    format_major: _builtins.int
+    format_minor: _builtins.int
+    """Never compared."""
+    semantic_hash: _builtins.str
+    """SHA-256 hex of the semantics (docs/kv-block-format.md); equal hashes make comparing fields unnecessary."""
+    k_offsets: _builtins.bool
+    """Producer: subtracts K offsets. Receiver: adds q.c to scores."""
+    @_builtins.property
+    def semantics(self) -> Global___KvSemantics: ...
+    @_builtins.property
+    def k_codecs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvCodecSpec]: ...
+    @_builtins.property
+    def v_codecs(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvCodecSpec]: ...
+    @_builtins.property
+    def page_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens of a page, multiples of 32. Empty: 32."""
+
+    @_builtins.property
+    def rope_pairings(self) -> _containers.RepeatedScalarFieldContainer[Global___KvRopePairing.ValueType]:
+        """Empty: the model has no RoPE."""
+
+    @_builtins.property
+    def extensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Producer: critical extensions of its streams. Receiver: those it understands."""
+
+    def __init__(
+        self,
+        *,
+        format_major: _builtins.int = ...,
+        format_minor: _builtins.int = ...,
+        semantic_hash: _builtins.str = ...,
+        semantics: Global___KvSemantics | None = ...,
+        k_codecs: _abc.Iterable[Global___KvCodecSpec] | None = ...,
+        v_codecs: _abc.Iterable[Global___KvCodecSpec] | None = ...,
+        page_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        rope_pairings: _abc.Iterable[Global___KvRopePairing.ValueType] | None = ...,
+        k_offsets: _builtins.bool = ...,
+        extensions: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["semantics", b"semantics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extensions", b"extensions", "format_major", b"format_major", "format_minor", b"format_minor", "k_codecs", b"k_codecs", "k_offsets", b"k_offsets", "page_tokens", b"page_tokens", "rope_pairings", b"rope_pairings", "semantic_hash", b"semantic_hash", "semantics", b"semantics", "v_codecs", b"v_codecs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSupport: _TypeAlias = KvSupport  # noqa: Y015
+
+@_typing.final
+class KvAgreement(_message.Message):
+    """What a pair uses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_CODEC_FIELD_NUMBER: _builtins.int
+    V_CODEC_FIELD_NUMBER: _builtins.int
+    PAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    ROPE_PAIRING_FIELD_NUMBER: _builtins.int
+    K_OFFSETS_FIELD_NUMBER: _builtins.int
+    page_tokens: _builtins.int
+    rope_pairing: Global___KvRopePairing.ValueType
+    k_offsets: _builtins.bool
+    @_builtins.property
+    def k_codec(self) -> Global___KvCodecSpec: ...
+    @_builtins.property
+    def v_codec(self) -> Global___KvCodecSpec: ...
+    def __init__(
+        self,
+        *,
+        k_codec: Global___KvCodecSpec | None = ...,
+        v_codec: Global___KvCodecSpec | None = ...,
+        page_tokens: _builtins.int = ...,
+        rope_pairing: Global___KvRopePairing.ValueType = ...,
+        k_offsets: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "v_codec", b"v_codec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "k_offsets", b"k_offsets", "page_tokens", b"page_tokens", "rope_pairing", b"rope_pairing", "v_codec", b"v_codec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvAgreement: _TypeAlias = KvAgreement  # noqa: Y015
+
+@_typing.final
 class KvBlockHeader(_message.Message):
     """Says what the payload of one frame is: one layer, one role, a rectangle of tokens and heads."""
 
