@@ -5,9 +5,10 @@ pages (tokens that decode computed). One step mixes sequences that bring one que
 several; the former are computed together whatever their lengths are, because on a CPU a step's cost is mostly the
 number of operations.
 
-How: the softmax needs all scores of a row, which are few, but never all keys or values. So pages are read in blocks
-that fit a cache, once for the scores and once for the values, and every page of every sequence is one small matrix
-product in a batch. Rows of different lengths meet only in the scores, where what is missing is minus infinity.
+How: the softmax needs all scores of a sequence, which are few, but never all keys or values. So pages are read in
+blocks that fit a cache, once for the scores and once for the values, and every page of every sequence is one small
+matrix product in a batch. Sequences of any lengths meet without padding: a page knows its owner, and maxima, sums and
+outputs are gathered by owner. Masks touch only pages that hold something after a query, which a block has at its end.
 
 All arithmetic after reading is float32. Memory: the scores of one layer, and one block of decoded pages.
 """
@@ -107,10 +108,9 @@ class TorchPagedAttention:
     def _tables_of(self, batch: list[Span]) -> _Tables:
         """Page tables change once in 32 steps, so those of the last step are kept."""
         known = self._tables.get(tuple(span.pages for span in batch))
-        sizes = [span.plain_groups for span in batch]
-        if known is not None and known.plain_groups == sizes:
+        if known is not None and known.extents == [_extent(span) for span in batch]:
             return known
-        return _Tables(batch, self._pool.plain_format, self._block_pages)
+        return _Tables(batch, self._block_pages)
 
     def _forget(self, groups: list[_Group]) -> None:
         self._tables = {tuple(span.pages for span in group.spans): group.tables for group in groups}
@@ -126,8 +126,9 @@ class _Block:
         k_pages: int64 [n].
         v_pages: int64 [n].
         owner: int64 [n], the row of the group that each page belongs to.
-        slot: int64 [n], its place among that row's pages.
-        plain_starts: int64 [n, 1], index of each page's first token among its row's plain tokens; None if packed.
+        place: int64 [n], owner * slots + the page's number in its row.
+        starts: int64 [m], for the last m pages: index of each one's first token among its row's plain tokens. Only
+            these may hold tokens that a query must not see.
     """
 
     k_format: str | None
@@ -135,37 +136,60 @@ class _Block:
     k_pages: torch.Tensor
     v_pages: torch.Tensor
     owner: torch.Tensor
-    slot: torch.Tensor
-    plain_starts: torch.Tensor | None
+    place: torch.Tensor
+    starts: torch.Tensor
 
 
 class _Tables:
     """Which pages a batch of sequences reads, in blocks."""
 
-    def __init__(self, batch: list[Span], plain_format: str, block_pages: int) -> None:
-        self.plain_groups = [span.plain_groups for span in batch]
+    def __init__(self, batch: list[Span], block_pages: int) -> None:
+        self.extents = [_extent(span) for span in batch]
         self.slots = max(span.pages.need.packed_groups + span.plain_groups for span in batch)
         self.blocks: list[_Block] = []
+        self._block_pages = block_pages
         packed: dict[tuple[str, str], list[int]] = {}
         for row, span in enumerate(batch):
             need = span.pages.need
             if need.packed_groups:
                 packed.setdefault((need.k_format, need.v_format), []).append(row)
         for (k_format, v_format), rows in packed.items():
-            counts = [batch[row].pages.need.packed_groups for row in rows]
+            owner, group = _owners(rows, [batch[row].pages.need.packed_groups for row in rows])
             k_pages = torch.cat([batch[row].pages.packed_k for row in rows])
             v_pages = torch.cat([batch[row].pages.packed_v for row in rows])
-            owner, slot = _owners(rows, counts)
-            for part in _parts(len(owner), block_pages):
-                block = _Block(k_format, v_format, k_pages[part], v_pages[part], owner[part], slot[part], None)
-                self.blocks.append(block)
-        k_pages = torch.cat([span.pages.plain_k[: span.plain_groups] for span in batch])
-        v_pages = torch.cat([span.pages.plain_v[: span.plain_groups] for span in batch])
-        owner, group = _owners(range(len(batch)), self.plain_groups)
-        slot = group + torch.tensor([span.pages.need.packed_groups for span in batch])[owner]
-        starts = (group * GROUP_TOKENS).unsqueeze(1)
-        for part in _parts(len(owner), block_pages):
-            self.blocks.append(_Block(None, None, k_pages[part], v_pages[part], owner[part], slot[part], starts[part]))
+            places = owner * self.slots + group
+            self._add(_Block(k_format, v_format, k_pages, v_pages, owner, places, places[:0]))
+        self._add_plain(batch)
+
+    def _add_plain(self, batch: list[Span]) -> None:
+        owner, group = _owners(range(len(batch)), [span.plain_groups for span in batch])
+        packed = torch.tensor([span.pages.need.packed_groups for span in batch])
+        seen_whole = group < torch.tensor([span.plain_start // GROUP_TOKENS for span in batch])[owner]
+        order = torch.cat([seen_whole.nonzero(), (~seen_whole).nonzero()]).squeeze(1)
+        k_pages = torch.cat([span.pages.plain_k[: span.plain_groups] for span in batch])[order]
+        v_pages = torch.cat([span.pages.plain_v[: span.plain_groups] for span in batch])[order]
+        owner, group = owner[order], group[order]
+        places = owner * self.slots + packed[owner] + group
+        starts = (group * GROUP_TOKENS)[int(seen_whole.sum()) :]
+        self._add(_Block(None, None, k_pages, v_pages, owner, places, starts))
+
+    def _add(self, whole: _Block) -> None:
+        """Cuts pages of one kind into blocks."""
+        count, masked_from = len(whole.owner), len(whole.owner) - len(whole.starts)
+        for first in range(0, count, self._block_pages):
+            part = slice(first, first + self._block_pages)
+            masked = slice(max(0, first - masked_from), max(0, first + self._block_pages - masked_from))
+            self.blocks.append(
+                _Block(
+                    whole.k_format,
+                    whole.v_format,
+                    whole.k_pages[part],
+                    whole.v_pages[part],
+                    whole.owner[part],
+                    whole.place[part],
+                    whole.starts[masked],
+                )
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,29 +234,35 @@ class _Step:
 
     def _attend(self, layer: int, q: torch.Tensor, group: _Group, hidden: list[torch.Tensor | None]) -> torch.Tensor:
         """Attends one group; `q` is float32 [rows * queries, heads, head_dim], scaled, as is the result."""
-        rows, queries, size, slots = len(group.spans), group.queries, self._group_size, group.tables.slots
+        rows, queries, size = len(group.spans), group.queries, self._group_size
         kv_heads, head_dim = q.shape[1] // size, q.shape[2]
         # Queries that share a KV head become the rows of one matrix.
         q = q.view(rows, queries, kv_heads, size, head_dim).permute(0, 2, 3, 1, 4)
         q = q.reshape(rows, kv_heads, size * queries, head_dim)
-        scores = q.new_full((rows, kv_heads, size * queries, slots, GROUP_TOKENS), -torch.inf)
-        for block, mask in zip(group.tables.blocks, hidden, strict=True):
-            keys = self._read(layer, block.k_format, block.k_pages)
-            mine = q.index_select(0, block.owner) if rows > 1 else q.expand(len(keys), -1, -1, -1)
-            part = torch.matmul(mine, keys.transpose(2, 3))
-            if mask is not None:
-                part.view(len(keys), kv_heads, size, queries, GROUP_TOKENS).masked_fill_(mask, -torch.inf)
-            scores[block.owner, :, :, block.slot] = part
-        weights = scores.flatten(3).softmax(-1).view_as(scores)
-        out = torch.zeros_like(q)
-        for block in group.tables.blocks:
-            values = self._read(layer, block.v_format, block.v_pages)
-            part = torch.matmul(weights[block.owner, :, :, block.slot], values)
+        blocks = group.tables.blocks
+        scores = [self._scores(layer, q, block, mask, size) for block, mask in zip(blocks, hidden, strict=True)]
+        peaks = _peaks(scores, blocks, rows, group.tables.slots)
+        out, sums = torch.zeros_like(q), torch.zeros_like(peaks)
+        for block, part in zip(blocks, scores, strict=True):
+            weights = part.sub_(_of_owner(peaks, block).unsqueeze(3)).exp_()
+            values = torch.matmul(weights, self._read(layer, block.v_format, block.v_pages))
             if rows > 1:
-                out.index_add_(0, block.owner, part)
+                sums.index_add_(0, block.owner, weights.sum(3))
+                out.index_add_(0, block.owner, values)
             else:
-                out += part.sum(0)
+                sums += weights.sum((0, 3))
+                out += values.sum(0)
+        out /= sums.unsqueeze(3)
         return out.view(rows, kv_heads, size, queries, head_dim).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+    def _scores(self, layer: int, q: torch.Tensor, block: _Block, mask: torch.Tensor | None, size: int) -> torch.Tensor:
+        """Scores of every page in a block, float32 [n, kv_heads, size * queries, 32]."""
+        keys = self._read(layer, block.k_format, block.k_pages)
+        scores = torch.matmul(_of_owner(q, block), keys.transpose(2, 3))
+        if mask is not None:
+            last = scores[len(scores) - len(mask) :]
+            last.view(*last.shape[:2], size, -1, GROUP_TOKENS).masked_fill_(mask, -torch.inf)
+        return scores
 
     def _read(self, layer: int, page_format: str | None, pages: torch.Tensor) -> torch.Tensor:
         """float32 [n, kv_heads, 32, head_dim]."""
@@ -264,13 +294,37 @@ def _write_addresses(spans: Sequence[Span]) -> _Addresses:
 
 
 def _hidden(block: _Block, group: _Group) -> torch.Tensor | None:
-    """Which tokens of plain pages lie after each query, bool [n, 1, 1, queries, 32]. Packed ones never do."""
-    if block.plain_starts is None:
+    """Which tokens lie after each query in the block's last m pages, bool [m, 1, 1, queries, 32]; None: nowhere."""
+    if not len(block.starts):
         return None
-    first = torch.tensor([span.plain_start for span in group.spans])[block.owner]
+    owner = block.owner[len(block.owner) - len(block.starts) :]
+    first = torch.tensor([span.plain_start for span in group.spans])[owner]
     queries = first.unsqueeze(1) + torch.arange(group.queries)
-    tokens = block.plain_starts + torch.arange(GROUP_TOKENS)
+    tokens = block.starts.unsqueeze(1) + torch.arange(GROUP_TOKENS)
     return (tokens.unsqueeze(1) > queries.unsqueeze(2))[:, None, None]
+
+
+def _peaks(scores: list[torch.Tensor], blocks: list[_Block], rows: int, slots: int) -> torch.Tensor:
+    """The largest score of each row, head and query over all of its pages: float32 [rows, kv_heads, queries]."""
+    tops = [part.amax(3) for part in scores]
+    if rows == 1:
+        return torch.stack([top.amax(0) for top in tops]).amax(0, keepdim=True)
+    padded = tops[0].new_full((rows * slots, *tops[0].shape[1:]), -torch.inf)
+    for block, top in zip(blocks, tops, strict=True):
+        padded.index_copy_(0, block.place, top)
+    return padded.view(rows, slots, *tops[0].shape[1:]).amax(1)
+
+
+def _of_owner(rows: torch.Tensor, block: _Block) -> torch.Tensor:
+    """For every page of a block, its owner's row."""
+    if len(rows) == 1:
+        return rows.expand(len(block.owner), *rows.shape[1:])
+    return rows.index_select(0, block.owner)
+
+
+def _extent(span: Span) -> tuple[int, int]:
+    """What decides a span's page table: the plain pages in use, and from which on a query may not see all."""
+    return span.plain_groups, span.plain_start // GROUP_TOKENS
 
 
 def _owners(rows: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,7 +333,3 @@ def _owners(rows: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, t
     owner = torch.tensor(list(rows)).repeat_interleave(sizes)
     number = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return owner, number
-
-
-def _parts(length: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, length, size)]
