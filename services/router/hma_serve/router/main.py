@@ -9,16 +9,16 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from hma_serve.core.errors import HmaError
+from hma_serve.core.errors import FailedPrecondition, HmaError
 from hma_serve.registry import Watcher, open_readable_store
 from hma_serve.router.config import RouterConfig, build_parser, parse_config
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
 from hma_serve.router.http.limits import HttpLimits
+from hma_serve.router.http.server import HttpServer
 from hma_serve.router.model import load_model
 from hma_serve.router.pipeline import run_pipeline
 from hma_serve.rpc import GrpcServer
-from hma_serve.telemetry.http import serve_app
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import router_metrics
 from hma_serve.v1 import inference_pb2_grpc
@@ -60,10 +60,12 @@ async def run(config: RouterConfig) -> None:
     ):
         grpc_server = GrpcServer("router", config.grpc_listen, [SERVICE])
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(pipeline.completions), grpc_server.server)
-        app = build_app(pipeline.completions, pipeline.not_ready, HttpLimits(max_body_bytes=config.max_body_bytes))
-        runner, http_address = await serve_app(app, config.http_listen)
+        limits = HttpLimits(max_body_bytes=config.max_body_bytes)
+        app = build_app(pipeline.completions, pipeline.not_ready, limits)
+        http_server = HttpServer(app, config.http_listen, limits)
+        http_address = await http_server.start()
         try:
-            grpc_address = await grpc_server.start()
+            grpc_address = await _start(grpc_server, config.grpc_listen)
             _log.info("serving %s", model.name, extra={"http": http_address, "grpc": grpc_address})
             await stop.wait()
             _log.info("draining", extra={"running": pipeline.completions.running})
@@ -71,8 +73,19 @@ async def run(config: RouterConfig) -> None:
             await pipeline.completions.drain(config.drain)
             await grpc_server.stop(_STOP_GRACE)
         finally:
-            await runner.cleanup()
+            await http_server.stop()
     _log.info("stopped")
+
+
+async def _start(server: GrpcServer, listen: str) -> str:
+    try:
+        return await server.start()
+    except FailedPrecondition as exc:
+        raise FailedPrecondition(
+            f"cannot listen on {listen}: the port is taken or the address is not ours; choose another address with "
+            "--grpc-listen (hma-serve up: --grpc-port)",
+            field="--grpc-listen",
+        ) from exc
 
 
 @asynccontextmanager

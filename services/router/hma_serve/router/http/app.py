@@ -33,7 +33,7 @@ def build_app(completions: Completions, not_ready: NotReady, limits: HttpLimits)
         limits: What a client may cost.
     """
     app = web.Application(middlewares=[_answer_everything], client_max_size=limits.max_body_bytes)
-    app.on_response_prepare.append(_add_request_id)
+    app.on_response_prepare.append(_add_headers)
     add_status_routes(app, not_ready)
     app.router.add_get("/health", _health)
     app.router.add_get("/v1/models", _models(completions))
@@ -61,8 +61,10 @@ async def _answer_everything(request: web.Request, handler: _Handler) -> web.Str
         return error_response(Internal("internal error; the log of the router says more"))
 
 
-async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
     response.headers[REQUEST_ID] = request_id_of(request)
+    # aiohttp would name itself and Python, versions and all.
+    response.headers["Server"] = "hma-serve"
 
 
 async def _health(_: web.Request) -> web.Response:

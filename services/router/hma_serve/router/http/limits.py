@@ -14,17 +14,15 @@ class HttpLimits:
         max_header_bytes: Longest request line, and longest header field.
         max_headers: Header fields of one request.
         max_connections: Connections at the same time; more are told to come back.
-        header_timeout: Seconds in which a client must have sent a request's head, once it has begun.
         body_timeout: Seconds in which a client must have sent its body.
         write_timeout: Seconds in which a client must take a piece of a stream, once the buffers are full.
-        idle_timeout: Seconds for which a connection may wait for its next request.
+        idle_timeout: Seconds in which a connection must bring its first request, or its next one, head and all.
     """
 
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 8190
     max_headers: int = 128
     max_connections: int = 4096
-    header_timeout: float = 15.0
     body_timeout: float = 30.0
     write_timeout: float = 60.0
     idle_timeout: float = 75.0

@@ -55,13 +55,19 @@ async def read_json_body(request: web.Request, *, limit: int, timeout: float) ->
     """
     if request.content_type != "application/json":
         raise UnsupportedMediaType("send the body as JSON, with Content-Type: application/json")
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+    encodings = (
+        request.headers.get("Content-Encoding", "identity"),
+        request.headers.get("Transfer-Encoding", "chunked"),
+    )
+    if tuple(map(str.lower, encodings)) != ("identity", "chunked"):
         raise UnsupportedMediaType("compressed bodies are not accepted")
     if request.content_length is not None and request.content_length > limit:
         raise PayloadTooLarge(f"the body has {request.content_length} bytes; at most {limit} are accepted")
     try:
         async with asyncio.timeout(timeout):
             body = await request.read()
+    except web.RequestPayloadError as exc:
+        raise InvalidArgument("the body is not framed as its headers say") from exc
     except TimeoutError:
         raise BodyTimeout(f"the body did not arrive within {timeout:g} s") from None
     return loads_object(body)
