@@ -48,9 +48,11 @@ def test_exports() -> None:
         "decode_frame",
         "describe_support",
         "encode_frame",
+        "join_frames",
         "negotiate",
         "semantic_hash",
         "split_blocks",
+        "split_frames",
         "validate_block",
         "validate_manifest",
     }

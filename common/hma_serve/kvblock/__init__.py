@@ -5,6 +5,7 @@ the rest of the product; payloads are views, so whoever passes a buffer in keeps
 """
 
 from hma_serve.kvblock.block import Block, validate_block
+from hma_serve.kvblock.capture import join_frames, split_frames
 from hma_serve.kvblock.codecs import Codec, Payload, Section, codec, codec_for, codec_names
 from hma_serve.kvblock.coverage import Coverage
 from hma_serve.kvblock.errors import KvFormatError
@@ -68,9 +69,11 @@ __all__ = [
     "decode_frame",
     "describe_support",
     "encode_frame",
+    "join_frames",
     "negotiate",
     "semantic_hash",
     "split_blocks",
+    "split_frames",
     "validate_block",
     "validate_manifest",
 ]

@@ -41,10 +41,10 @@ def encode_frame(header: PushHeader, payload: bytes | memoryview | NDArray[np.ui
     head = header.SerializeToString()
     pieces = list(contiguous_pieces(payload)) if isinstance(payload, np.ndarray) else [payload]
     length = sum(len(piece) for piece in pieces)
-    prefix = b"%c%b%b" % (_HEADER_TAG, _varint(len(head)), head)
+    prefix = b"%c%b%b" % (_HEADER_TAG, varint(len(head)), head)
     if not length:
         return prefix
-    return b"".join((prefix, b"%c%b" % (_PAYLOAD_TAG, _varint(length)), *pieces))
+    return b"".join((prefix, b"%c%b" % (_PAYLOAD_TAG, varint(length)), *pieces))
 
 
 def decode_frame(buffer: bytes | memoryview, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[PushHeader, memoryview]:
@@ -116,7 +116,8 @@ def _delimited(view: memoryview, at: int) -> tuple[int, int] | None:
     return None
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """A length as protobuf writes it."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

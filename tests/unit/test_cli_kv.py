@@ -1,0 +1,208 @@
+"""`hma-serve kv`: in pipes and on files, with exit statuses that scripts can rely on, and the golden set it writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hma_serve import kvblock
+from hma_serve.cli import kv
+from hma_serve.cli.kv_vectors import golden_values
+from support.kv_streams import GOLDEN
+
+VECTORS = GOLDEN / "kv_vectors"
+FILES = sorted(path.relative_to(VECTORS) for path in VECTORS.rglob("*") if path.is_file())
+ENTRIES = json.loads((VECTORS / "vectors.json").read_text())["vectors"]
+
+
+class _Std(io.TextIOWrapper):
+    def __init__(self, data: bytes = b"") -> None:
+        super().__init__(io.BytesIO(data))
+
+    def written(self) -> bytes:
+        self.flush()
+        assert isinstance(self.buffer, io.BytesIO)
+        return self.buffer.getvalue()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], stdin: bytes = b"") -> tuple[int, bytes]:
+    out = _Std()
+    monkeypatch.setattr(sys, "stdin", _Std(stdin))
+    monkeypatch.setattr(sys, "stdout", out)
+    status = kv.main(arguments)
+    return status, out.written()
+
+
+def test_the_golden_set_is_written_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out = run(monkeypatch, ["vectors", str(tmp_path / "new")])
+    assert status == 0
+    assert out.startswith(str(len(FILES)).encode())
+    assert (
+        sorted(path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*") if path.is_file()) == FILES
+    )
+    for file in FILES:
+        assert (tmp_path / "new" / file).read_bytes() == (VECTORS / file).read_bytes(), file
+
+
+def test_the_golden_set_has_every_codec() -> None:
+    assert {entry["codec"] for entry in ENTRIES} == set(kvblock.codec_names())
+    assert golden_values().astype("<f4").tobytes() == (VECTORS / "values.f32.bin").read_bytes()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry['codec']}-{entry['rounding']}")
+def test_encode_and_decode_in_a_pipe(entry: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = ["--codec", entry["codec"], "--rows", "64", "--cols", "64"]
+    values = (VECTORS / "values.f32.bin").read_bytes()
+    status, payload = run(monkeypatch, ["encode", *shape, "--rounding", entry["rounding"]], values)
+    assert (status, payload) == (0, (VECTORS / entry["payload"]).read_bytes())
+    status, decoded = run(monkeypatch, ["decode", *shape], payload)
+    assert (status, decoded) == (0, (VECTORS / entry["decoded"]).read_bytes())
+
+
+def test_heads_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).standard_normal((2, 32, 32)).astype("<f4")
+    shape = ["--codec", "tt_bfp8_b", "--rows", "32", "--cols", "32"]
+    status, payload = run(monkeypatch, ["encode", *shape, "--heads", "2"], values.tobytes())
+    single = [run(monkeypatch, ["encode", *shape], head.tobytes())[1] for head in values]
+    assert (status, payload) == (0, b"".join(single))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "status", "said"),
+    [
+        (["decode", "--codec", "bf16", "--rows", "32", "--cols", "1"], bytes(63), 1, "63 bytes, not the 64"),
+        (["decode", "--codec", "bf16", "--rows", "32", "--cols", "1"], bytes(65), 1, "more bytes"),
+        (["decode", "--codec", "bf16", "--rows", "32", "--cols", "1"], b"\xff" * 64, 1, "banned_code"),
+        (["encode", "--codec", "bf16", "--rows", "32", "--cols", "1"], b"\xff" * 128, 1, "Inf and NaN"),
+        (["encode", "--codec", "fp7", "--rows", "32", "--cols", "1"], b"", 2, "tt_bfp8_b"),
+        (["encode", "--codec", "bf16", "--rows", "31", "--cols", "1"], b"", 2, "multiple of 32"),
+        (["encode", "--codec", "nvfp4", "--rows", "32", "--cols", "48"], b"", 2, "multiple of 32"),
+        (["inspect", "/nonexistent"], b"", 2, "No such file"),
+        (["verify", str(GOLDEN / "text")], b"", 2, "neither captures"),
+    ],
+)
+def test_exit_statuses(
+    arguments: list[str],
+    stdin: bytes,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, arguments, stdin) == (status, b"")
+    assert said in capsys.readouterr().err
+
+
+def test_inspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = VECTORS / "streams" / "mixed_layers.kv"
+    status, table = run(monkeypatch, ["inspect", str(stream)])
+    assert status == 0
+    assert "nvfp4" in table.decode()
+    assert table.decode().endswith("right\n")
+    status, out = run(monkeypatch, ["inspect", "-", "--json"], stream.read_bytes())
+    shown = json.loads(out)
+    assert status == 0
+    assert shown["frames"] == 8
+    assert shown["problems"] == []
+    assert [block["layer"] for block in shown["blocks"]] == [0, 0, 2, 2, 1, 1]
+    assert {block["verdict"] for block in shown["blocks"]} == {"right"}
+    assert shown["manifest"]["layer_groups"][0]["layers"] == [0, 2]
+    offsets = json.loads(run(monkeypatch, ["inspect", str(VECTORS / "streams" / "k_offsets.kv"), "--json"])[1])
+    assert offsets["manifest"]["k_offsets"] == [{}, {"head": 1}]
+
+
+def test_a_bare_frame_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, table = run(monkeypatch, ["inspect", str(GOLDEN / "kvblock" / "frame_open.bin")])
+    assert status == 1
+    assert "tt_bfp8_b" in table.decode()
+    assert "no end frame" in table.decode()
+
+
+def test_verify_accepts_the_golden_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out = run(monkeypatch, ["verify", str(VECTORS)])
+    assert status == 0
+    assert out.decode().count(": right: ") == 3
+    assert f"{len(ENTRIES)} payloads, 0 wrong" in out.decode()
+
+
+def test_verify_says_what_is_wrong_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray((VECTORS / "streams" / "uniform.kv").read_bytes())
+    starts = [at for at, _ in kvblock.split_frames(bytes(data))]
+    data[starts[2] + 500] ^= 1  # in the payload of the second block
+    data[starts[4] + 900] ^= 1
+    (tmp_path / "bad.kv").write_bytes(data)
+    status, out = run(monkeypatch, ["verify", str(tmp_path)])
+    assert status == 1
+    lines = out.decode().splitlines()
+    assert [line.split(": ")[1:3] for line in lines] == [
+        [f"frame 2 at byte {starts[2]}", "checksum_mismatch"],
+        [f"frame 4 at byte {starts[4]}", "checksum_mismatch"],
+        [f"frame 5 at byte {starts[5]}", "incomplete_coverage"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda payload: payload[:-1], "truncated_payload"),
+        (lambda payload: payload + b"\0", "trailing_bytes"),
+        (lambda payload: b"\xff" + payload[1:], "banned_code"),
+        (lambda payload: payload[1088:] + payload[:1088], "meaning"),  # tiles in another order
+    ],
+)
+def test_verify_judges_a_producers_payloads(
+    damage: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(damage)
+    shutil.copytree(VECTORS, tmp_path / "set")
+    payload = tmp_path / "set" / "payloads" / "tt_bfp8_b.nearest_even.bin"
+    payload.write_bytes(damage(payload.read_bytes()))
+    status, out = run(monkeypatch, ["verify", str(tmp_path / "set")])
+    assert status == 1
+    wrong = [line for line in out.decode().splitlines() if "payloads/" in line]
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"payloads/tt_bfp8_b.nearest_even.bin: {said}")
+
+
+def test_another_rounding_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(VECTORS, tmp_path / "set")
+    payloads = tmp_path / "set" / "payloads"
+    shutil.copy(payloads / "tt_bfp4_b.truncate.bin", payloads / "tt_bfp4_b.nearest_even.bin")
+    assert run(monkeypatch, ["verify", str(tmp_path / "set")])[0] == 0
+
+
+@pytest.mark.parametrize("index", ["", "[]", "{}", '{"values": "v", "vectors": [1]}', '{"values": 1, "vectors": []}'])
+def test_a_bad_index_is_reported(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vectors.json").write_text(index)
+    (tmp_path / "v").write_bytes(bytes(4))
+    status, out = run(monkeypatch, ["verify", str(tmp_path)])
+    assert status == 1
+    assert b"vectors.json: " in out
+
+
+def test_pipes_of_processes_and_a_reader_that_goes_away() -> None:
+    program = f"{sys.executable} -m hma_serve.cli.kv"
+    values = VECTORS / "values.f32.bin"
+    shape = "--codec mxfp4 --rows 64 --cols 64"
+    done = subprocess.run(
+        ["bash", "-c", f"{program} encode {shape} < {values} | {program} decode {shape}"],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == (VECTORS / "decoded" / "mxfp4.nearest_even.f32.bin").read_bytes()
+    gone = subprocess.run(
+        ["bash", "-c", f"{program} inspect {VECTORS}/streams/uniform.kv | true; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert gone.stdout.strip() in ("0", "141")
+    assert gone.stderr == ""
