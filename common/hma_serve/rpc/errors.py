@@ -15,10 +15,11 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from hma_serve.core.errors import ERRORS, HmaError, Internal, Unavailable
+from hma_serve.core.errors import ERRORS, HmaError, Internal, InvalidArgument, Unavailable
 from hma_serve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
@@ -112,13 +113,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         wrap = self._wrap_generator if inspect.isasyncgenfunction(behaviour) else self._wrap_coroutine
         wrapped: grpc.RpcMethodHandler[Any, Any] = make(
             wrap(behaviour, handler_call_details.method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_safe_deserializer(handler),
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
     def _wrap_coroutine(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            if isinstance(request, HmaError):
+                await abort(context, request)
             try:
                 return await behaviour(request, context)
             except Exception as exc:
@@ -130,6 +133,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self, behaviour: Callable[..., AsyncIterator[Any]], method: str
     ) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            if isinstance(request, HmaError):
+                await abort(context, request)
             responses = behaviour(request, context)
             try:
                 async for response in responses:
@@ -159,6 +164,28 @@ def _parts(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler, handler.unary_stream
     return grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+
+def _safe_deserializer(handler: Any) -> Callable[[bytes], Any] | None:
+    """A deserializer for bytes that are no message, which gRPC would report as UNKNOWN and log with a traceback.
+
+    A stream is read inside the handler, where the error can be raised. A single request is read before, so the error
+    takes its place and is raised by the wrapped handler.
+    """
+    parse = handler.request_deserializer
+    if parse is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as exc:
+            error = InvalidArgument(f"the request is not a valid message: {exc}")
+            if handler.request_streaming:
+                raise error from exc
+            return error
+
+    return read
 
 
 async def _close(responses: AsyncIterator[Any]) -> None:
