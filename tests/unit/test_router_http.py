@@ -360,6 +360,8 @@ async def test_models_lists_the_served_model(stack: Stack) -> None:
     assert answer["object"] == "list"
     [model] = answer["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == (MODEL_NAME, "model", WINDOW)
+    assert await (await stack.client.get(f"/v1/models/{MODEL_NAME}")).json() == model
+    await assert_error(await stack.client.get("/v1/models/some/other"), 404, "model_not_found", "model")
 
 
 async def test_probes_and_metrics(stack: Stack) -> None:

@@ -27,7 +27,8 @@ from hma_serve.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, p
 
 _log = logging.getLogger(__name__)
 
-_ANSWER_TIMEOUT = 10.0
+# A decode worker answers between two steps, and a step of a large model on a CPU can take seconds.
+_ANSWER_TIMEOUT = 30.0
 # Part of a ticket's lease after which it is renewed.
 _RENEW_AT = 0.3
 _STATUS_DETAILS = "grpc-status-details-bin"
@@ -199,6 +200,10 @@ class Attempt:
             failure = self._failed(Leg.PREFILL, exc)
         except AttemptFailed as exc:
             failure = exc
+        except Exception:
+            # A bug, but one that must not leave decode waiting for KV that never comes.
+            _log.exception("the prefill leg failed")
+            failure = self._broken(Leg.PREFILL, "internal error; the log of the router says more")
         else:
             return
         finally:

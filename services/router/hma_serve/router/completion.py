@@ -182,6 +182,15 @@ class Completions:
         registered = {view.info.model.id for view in (*fleet.decodes, *fleet.prefills)}
         return [self.model.name, *sorted(registered - {self.model.name})]
 
+    def model_name(self, asked: str) -> str:
+        """The name under which the model answers to `asked`; empty asks for whatever there is. Raises NotFound."""
+        names = self.names()
+        if not asked:
+            return names[0]
+        if asked not in names:
+            raise NotFound(f"the model {asked[:200]!r} does not exist; this server has {names}", field="model")
+        return asked
+
     async def drain(self, grace: float) -> None:
         """Takes no new requests and waits for the running ones, at most `grace` seconds."""
         self._draining = True
@@ -208,7 +217,7 @@ class Completions:
     async def _prepare(self, request: CompletionRequest, arrived: float) -> Prepared:
         if self._draining:
             raise Unavailable("this router is shutting down", retry_after=1.0)
-        model = self._model_name(request.model)
+        model = self.model_name(request.model)
         if not request.prompts:
             raise InvalidArgument("prompt must not be empty", field="prompt")
         if request.n < 1 or request.n * len(request.prompts) > MAX_COMPLETIONS:
@@ -243,14 +252,6 @@ class Completions:
             for copy in range(request.n)
         ]
         return Prepared(request_id, model, prompts, tuple(jobs))
-
-    def _model_name(self, asked: str) -> str:
-        names = self.names()
-        if not asked:
-            return names[0]
-        if asked not in names:
-            raise NotFound(f"the model {asked[:200]!r} does not exist; this server has {names}", field="model")
-        return asked
 
     async def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         field_name = "prompt"

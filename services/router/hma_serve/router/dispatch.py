@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _CLIENTS_FAULT = (InvalidArgument, PayloadTooLarge)
 _RETRY_AFTER = 1.0
+_CLOCK_SLACK = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,16 +180,18 @@ async def _progress(attempt: Attempt, placement: Placement) -> AsyncGenerator[Pr
 
 def _hopeless(failed: AttemptFailed, job: Job) -> bool:
     """Whether another pair would say the same, or too late."""
-    return isinstance(failed.error, (*_CLIENTS_FAULT, DeadlineExceeded)) or _out_of_time(job)
+    return isinstance(failed.error, _CLIENTS_FAULT) or _out_of_time(failed, job)
 
 
-def _out_of_time(job: Job) -> bool:
-    return asyncio.get_running_loop().time() >= job.deadline
+def _out_of_time(failed: AttemptFailed, job: Job) -> bool:
+    """Whether the request's own time is up; a worker's clock may say so a little earlier than ours."""
+    slack = _CLOCK_SLACK if isinstance(failed.error, DeadlineExceeded) else 0.0
+    return asyncio.get_running_loop().time() >= job.deadline - slack
 
 
 def _final(failed: AttemptFailed, job: Job) -> HmaError:
     """What the client is told: its own faults, overload and bugs as they are, anything else as unavailability."""
-    if isinstance(failed.error, DeadlineExceeded) or _out_of_time(job):
+    if _out_of_time(failed, job):
         return DeadlineExceeded("the request's deadline passed")
     if isinstance(failed.error, (*_CLIENTS_FAULT, ResourceExhausted, Internal)):
         return failed.error

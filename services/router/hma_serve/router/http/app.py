@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -36,7 +37,10 @@ def build_app(completions: Completions, not_ready: NotReady, limits: HttpLimits)
     app.on_response_prepare.append(_add_headers)
     add_status_routes(app, not_ready)
     app.router.add_get("/health", _health)
-    app.router.add_get("/v1/models", _models(completions))
+    models = _Models(completions)
+    app.router.add_get("/v1/models", models.list)
+    # Names may have slashes, as those of the Hub do.
+    app.router.add_get("/v1/models/{model:.+}", models.one)
     text = GenerationEndpoint(completions, read_completion_body, CompletionAnswer, limits)
     chat = GenerationEndpoint(completions, read_chat_body, ChatAnswer, limits)
     app.router.add_post("/v1/completions", text.post)
@@ -72,20 +76,26 @@ async def _health(_: web.Request) -> web.Response:
     return json_response({"status": "ok"})
 
 
-def _models(completions: Completions) -> _Handler:
-    async def models(_: web.Request) -> web.Response:
-        served = completions.model
-        entries = [
-            {
-                "id": name,
-                "object": "model",
-                "created": served.created,
-                "owned_by": "hma-serve",
-                "root": served.name,
-                "max_model_len": completions.window,
-            }
-            for name in completions.names()
-        ]
+class _Models:
+    """`/v1/models` and `/v1/models/{model}`; the model has as many names as its workers gave it."""
+
+    def __init__(self, completions: Completions) -> None:
+        self._completions = completions
+
+    async def list(self, _: web.Request) -> web.Response:
+        entries = [self._entry(name) for name in self._completions.names()]
         return json_response({"object": "list", "data": entries})
 
-    return models
+    async def one(self, request: web.Request) -> web.Response:
+        return json_response(self._entry(self._completions.model_name(request.match_info["model"])))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        served = self._completions.model
+        return {
+            "id": name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "hma-serve",
+            "root": served.name,
+            "max_model_len": self._completions.window,
+        }
