@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -50,7 +51,7 @@ LAYERS, KV_HEADS, HEAD_DIM, VOCAB, WINDOW, MAX_RUNNING = 3, 2, 32, 320, 1024, 6
 THETA = 10000.0
 NEW_TOKENS = 8
 START_SECONDS = 60.0
-LEASE = 2.0
+LEASE = 4.0
 ROPE = kv_block_pb2.KvRope(pairing=kv_block_pb2.KV_ROPE_PAIRING_HALF_SPLIT, theta=THETA)
 CODECS = {"f32": "f32", "tt_bfp8": "tt_bfp8_b"}
 _SERVING = re.compile(r"gRPC (\S+), HTTP (\S+);")
@@ -124,6 +125,9 @@ def worker(checkpoint: Path) -> Iterator[Worker]:
         yield made
 
 
+packed_kv = functools.cache(reference_packed_kv)
+
+
 class Client:
     """The calls of a router and of a prefill worker."""
 
@@ -158,7 +162,7 @@ class Client:
     ) -> list[decode_pb2.DecodeGenerateResponse]:
         """Both legs of a request; all responses."""
         call = self.decode.Generate(request, timeout=60)
-        responses = [await call.read()]
+        responses = [await first(call)]
         if request.packed_tokens:
             await self.push(request.prompt_token_ids[: request.packed_tokens], responses[0].ticket, profile)
         return responses + await rest(call)
@@ -180,29 +184,27 @@ class Client:
             request_serializer=lambda frame: frame,
             response_deserializer=kv_transfer_pb2.PushResponse.FromString,
         )
-        return [response async for response in method(change(frames), timeout=30)]
+        return [response async for response in method(iter(change(frames)), timeout=30)]
 
     def frames(self, tokens: Sequence[int], nonce: bytes, epoch: int, profile: str, **manifest: Any) -> list[bytes]:
-        described = build_manifest(
-            **{
-                "model_fingerprint": fingerprint(self.checkpoint),
-                "layers": LAYERS,
-                "kv_heads": KV_HEADS,
-                "head_dim": HEAD_DIM,
-                "k_codec": codec(CODECS[profile]),
-                "token_start": 0,
-                "token_count": len(tokens),
-                "rope": ROPE,
-                "qk_norm": True,
-            }
-            | manifest
-        )
+        described: Any = {
+            "model_fingerprint": fingerprint(self.checkpoint),
+            "layers": LAYERS,
+            "kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "k_codec": codec(CODECS[profile]),
+            "token_start": 0,
+            "token_count": len(tokens),
+            "rope": ROPE,
+            "qk_norm": True,
+        }
+        said = build_manifest(**(described | manifest))
         opened = kv_transfer_pb2.PushOpen(
-            ticket=nonce, epoch=epoch, transports=[kv_transfer_pb2.TRANSPORT_GRPC], manifest=described
+            ticket=nonce, epoch=epoch, transports=[kv_transfer_pb2.TRANSPORT_GRPC], manifest=said
         )
         frames = [encode_frame(kv_transfer_pb2.PushHeader(open=opened))]
-        writer = StreamWriter(validate_manifest(described), nonce, epoch)
-        for layer, roles in enumerate(reference_packed_kv(self.checkpoint, profile, tokens)):
+        writer = StreamWriter(validate_manifest(said), nonce, epoch)
+        for layer, roles in enumerate(packed_kv(self.checkpoint, profile, tuple(tokens))):
             for role, packed in zip((kv_block_pb2.KV_ROLE_K, kv_block_pb2.KV_ROLE_V), roles, strict=True):
                 frames += writer.frames(layer, role, packed.numpy(), token_start=0, max_payload=20_000)
         end = kv_transfer_pb2.PushEnd(blocks=writer.sent)
@@ -240,6 +242,12 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
 
 
+async def first(call: Any) -> decode_pb2.DecodeGenerateResponse:
+    response = await call.read()
+    assert isinstance(response, decode_pb2.DecodeGenerateResponse)
+    return response
+
+
 async def rest(call: Any) -> list[decode_pb2.DecodeGenerateResponse]:
     """Everything up to the stream's end."""
     responses = []
@@ -267,7 +275,7 @@ async def refused_push(responses: Any) -> HmaError:
 
 
 def by_transformers(checkpoint: Path, prompts: Sequence[list[int]]) -> list[list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     results = []
     for tokens in prompts:
@@ -340,7 +348,7 @@ async def test_logprobs_come_with_every_token(client: Client) -> None:
 
 async def test_a_cancelled_stream_gives_its_pages_back(client: Client) -> None:
     call = client.decode.Generate(client.request(prompt(20), max_tokens=900), timeout=60)
-    assert (await call.read()).HasField("ticket")
+    assert (await first(call)).HasField("ticket")
     assert (await client.load(lambda load: load.running == 1)).kv_used_tokens >= 920
     call.cancel()
     assert (await client.idle()).kv_used_tokens == 0
@@ -349,7 +357,7 @@ async def test_a_cancelled_stream_gives_its_pages_back(client: Client) -> None:
 async def test_cancelling_before_the_kv_refuses_its_stream(client: Client) -> None:
     request = client.request(prompt(70), 64)
     call = client.decode.Generate(request, timeout=60)
-    ticket = (await call.read()).ticket
+    ticket = (await first(call)).ticket
     assert (await client.load(lambda load: load.waiting == 1)).kv_used_tokens > 0
     call.cancel()
     await client.idle()
@@ -367,7 +375,7 @@ async def test_a_deadline_ends_the_stream(client: Client) -> None:
 
 async def test_a_lease_without_kv_runs_out_and_extend_renews_it(client: Client) -> None:
     call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
-    ticket = (await call.read()).ticket
+    ticket = (await first(call)).ticket
     extend = decode_pb2.ExtendRequest(nonce=ticket.nonce, epoch=1)
     began = asyncio.get_running_loop().time()
     await asyncio.sleep(LEASE / 2)
@@ -379,7 +387,7 @@ async def test_a_lease_without_kv_runs_out_and_extend_renews_it(client: Client) 
 
 async def test_release_is_idempotent(client: Client) -> None:
     call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
-    ticket = (await call.read()).ticket
+    ticket = (await first(call)).ticket
     release = decode_pb2.ReleaseRequest(nonce=ticket.nonce, epoch=1)
     await client.decode.Release(release)
     await client.decode.Release(release)
@@ -416,7 +424,7 @@ async def test_wrong_requests_are_refused_before_a_ticket(
 async def test_full_is_refused_at_once_and_only_while_it_is_full(client: Client) -> None:
     calls = [client.decode.Generate(client.request(prompt(70), 64), timeout=60) for _ in range(MAX_RUNNING)]
     for call in calls:
-        assert (await call.read()).HasField("ticket")
+        assert (await first(call)).HasField("ticket")
     error = await refusal(client.decode.Generate(client.request(prompt(5)), timeout=20).read())
     assert isinstance(error, ResourceExhausted)
     assert error.retry_after is not None
@@ -451,7 +459,7 @@ async def test_broken_streams_are_refused_counted_and_leave_the_ticket_empty(
 ) -> None:
     tokens = prompt(70)
     call = client.decode.Generate(client.request(tokens, 64), timeout=60)
-    ticket = (await call.read()).ticket
+    ticket = (await first(call)).ticket
     await refused_push(client.push(tokens[:64], ticket, change=change))
     async with httpx.AsyncClient() as http:
         assert f'pushes_refused_total{{rule="{rule}"}}' in (await http.get(f"http://{worker.http}/metrics")).text
@@ -464,7 +472,7 @@ async def test_broken_streams_are_refused_counted_and_leave_the_ticket_empty(
 async def test_streams_for_another_attempt_ticket_or_model_are_refused(client: Client) -> None:
     tokens = prompt(70)
     call = client.decode.Generate(client.request(tokens, 64), timeout=60)
-    ticket = (await call.read()).ticket
+    ticket = (await first(call)).ticket
     stale = await refused_push(client.push(tokens[:64], ticket, epoch=2))
     assert (type(stale), stale.field) == (FailedPrecondition, "epoch")
     unknown = await refused_push(client.push(tokens[:64], decode_pb2.Ticket(nonce=bytes(16), epoch=1)))
@@ -481,7 +489,7 @@ async def test_streams_for_another_attempt_ticket_or_model_are_refused(client: C
 async def test_acks_count_what_is_in_pages_and_credit_never_falls(client: Client) -> None:
     tokens = prompt(300)
     call = client.decode.Generate(client.request(tokens, 288), timeout=60)
-    ticket = (await call.read()).ticket
+    ticket = (await first(call)).ticket
     responses = await client.push(tokens[:288], ticket)
     assert responses[0].accepted.transport == kv_transfer_pb2.TRANSPORT_GRPC
     acks = [response.ack for response in responses[1:-1]]
@@ -514,7 +522,7 @@ async def test_sigterm_finishes_streams_and_leaves_with_status_0(checkpoint: Pat
     with running_worker(checkpoint) as leaving:
         async with connected(leaving, checkpoint) as client:
             call = client.decode.Generate(client.request(prompt(5), max_tokens=400), timeout=60)
-            assert (await call.read()).HasField("ticket")
+            assert (await first(call)).HasField("ticket")
             leaving.process.send_signal(signal.SIGTERM)
             await client.load(lambda load: load.state == worker_pb2.WORKER_STATE_DRAINING)
             error = await refusal(client.decode.Generate(client.request(prompt(5)), timeout=20).read())
@@ -529,7 +537,7 @@ async def test_a_dead_engine_ends_streams_and_the_process(checkpoint: Path) -> N
     with running_worker(checkpoint) as broken:
         async with connected(broken, checkpoint) as client:
             call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
-            assert (await call.read()).HasField("ticket")
+            assert (await first(call)).HasField("ticket")
             os.kill(broken.engine_pid, signal.SIGKILL)
             assert isinstance(await refusal(call.read()), Unavailable)
         assert broken.process.wait(20) not in (0, None)
