@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test lint type verify fix proto bench clean
+.PHONY: help setup up test fuzz lint type verify fix proto bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,9 @@ up: setup ## Serve the demo model from a whole cluster on this machine; Ctrl-C e
 
 test: setup ## Run the whole test suite
 	$(BIN)/pytest $(ARGS)
+
+fuzz: setup ## A million mutated inputs through every parser of KV; ARGS="--inputs 1000 block" for less
+	$(BIN)/python tests/hostile/fuzz.py $(ARGS)
 
 lint: setup ## Check style, import contracts and schemas
 	$(BIN)/ruff check .
