@@ -326,6 +326,25 @@ async def test_a_seed_gives_the_same_tokens_alone_and_in_company(client: Client)
     assert emitted(together[0]) == emitted(together[2]) == alone
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"logit_bias": {5: 3.0}},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"logprobs": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+async def test_every_sampling_option_runs_in_the_real_engine(client: Client, options: dict[str, Any]) -> None:
+    request = client.request(prompt(40), min_tokens=4)
+    request.sampling.MergeFrom(common_pb2.SamplingParams(temperature=0.7, seed=3, **options))
+    assert len(emitted(await client.generate(request))) == NEW_TOKENS
+
+
 async def test_stop_tokens_end_the_stream_and_are_not_among_the_tokens(client: Client, checkpoint: Path) -> None:
     tokens = prompt(70)
     (whole,) = by_transformers(checkpoint, [tokens])

@@ -165,7 +165,7 @@ async def test_running_requests_are_finished_before_the_router_goes(model: Path,
     decode.gate.clear()
     async with running(decode):
         registry = write_fleet(tmp_path / "workers.json", decode)
-        async with router(model, registry, "--drain", "20") as process:
+        async with router(model, registry, "--drain-grace", "20") as process:
             async with httpx.AsyncClient(base_url=process.url, timeout=START) as client:
                 call = asyncio.create_task(client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3}))
                 await decode.until_active()

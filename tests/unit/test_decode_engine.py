@@ -26,8 +26,11 @@ class NextNumber:
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[int, int]]] = []
+        self.fails = False
 
     def run(self, shares: Sequence[Share]) -> torch.Tensor:
+        if self.fails:
+            raise RuntimeError("the device said no")
         self.steps.append([(share.sequence.stream, share.count) for share in shares])
         rows = [share.sequence.tokens[-1] + 1 for share in shares if share.samples]
         logits = torch.zeros(len(rows), VOCAB)
@@ -353,3 +356,25 @@ def test_load_is_reported_when_it_changes(harness: Harness) -> None:
     harness.turn(close(1))
     (load,) = [event.load for event in harness.events if event.HasField("load")]
     assert (load.running, load.waiting, load.kv_used_tokens) == (0, 0, 0)
+
+
+def test_a_step_that_fails_ends_its_own_streams_and_no_other() -> None:
+    harness = Harness()
+    harness.admit(1)  # waits for its KV, so it takes no part in the step
+    harness.runner.fails = True
+    events = harness.turn(admit(2, prompt=20, packed=0))
+    detail = harness.failure(events)
+    assert detail.code == "internal"
+    assert "device" not in detail.message
+    harness.runner.fails = False
+    events = harness.turn(admit(3, prompt=20, packed=0, max_tokens=1))
+    assert events[-1].step.outputs[0].finished.reason == common_pb2.FINISH_REASON_LENGTH
+    assert harness.pool.used_tokens > 0  # stream 1 still holds its pages
+
+
+def test_an_engine_that_only_fails_leaves() -> None:
+    harness = Harness()
+    harness.runner.fails = True
+    with pytest.raises(RuntimeError, match="the device said no"):
+        for stream in range(100):
+            harness.turn(admit(stream, prompt=20, packed=0))

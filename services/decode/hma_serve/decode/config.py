@@ -31,7 +31,7 @@ class DecodeConfig:
         max_running: Requests that hold pages at once, those that wait for their KV included.
         step_tokens: Tokens that one step computes at most: how long a prompt may hold up the others.
         kv_lease: Seconds that a request waits for its KV without a sign of life.
-        stall_timeout: Seconds that a KV stream's producer may be silent.
+        stall_timeout: Seconds to wait for a KV stream's first frame, and for its producer to read responses.
         arena_slots: Shared buffers of 2 MiB that blocks pass through.
         etcd: Registry; None: unregistered.
         registry_ttl: Seconds after which a silent worker vanishes from the registry.
@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-lease", type=float, default=30.0, metavar="SECONDS", help="how long a request waits for its KV"
     )
     work.add_argument(
-        "--stall-timeout", type=float, default=30.0, metavar="SECONDS", help="how long a KV stream may be silent"
+        "--stall-timeout", type=float, default=30.0, metavar="SECONDS", help="for a KV stream's first frame and reads"
     )
     work.add_argument("--arena-slots", type=int, default=16, help="buffers of 2 MiB that KV passes through")
     place = parser.add_argument_group("place")

@@ -10,6 +10,7 @@ failed or closed, which all free its pages and its ticket. Nothing is sampled be
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from hma_serve.core.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     HmaError,
+    Internal,
     ResourceExhausted,
     Unavailable,
 )
@@ -39,9 +41,13 @@ from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import Arena
 from hma_serve.v1 import common_pb2, decode_pb2, kv_block_pb2
 
+_log = logging.getLogger(__name__)
+
 _LOAD_INTERVAL = 0.25
 _SMOOTHING = 0.1
 _RETRY_AFTER = 0.2
+# Steps in a row that may fail before the engine gives up.
+_FAILED_STEPS = 10
 
 _REASONS = {Ending.STOP: common_pb2.FINISH_REASON_STOP, Ending.LENGTH: common_pb2.FINISH_REASON_LENGTH}
 
@@ -114,6 +120,7 @@ class Engine:
         self._outbox: list[pb.DecodeEngineEvent] = []
         self._steps = 0
         self._step_seconds = 0.0
+        self._failed_steps = 0
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
         self._handlers: dict[str, Callable[..., None]] = {
@@ -329,11 +336,12 @@ class Engine:
         if not shares:
             return
         began = self._clock()
-        sampling = [share.sequence for share in shares if share.samples]
-        logits = self._runner.run(shares)
-        for share in shares:
-            share.sequence.computed += share.count
-        drawn = sample(logits, [sequence.draw() for sequence in sampling]) if sampling else []
+        try:
+            sampling, drawn = self._compute(shares)
+        except Exception as exc:
+            self._step_failed(shares, exc)
+            return
+        self._failed_steps = 0
         outputs = [self._advance(sequence, token) for sequence, token in zip(sampling, drawn, strict=True)]
         outputs += self._announced(shares)
         if outputs:
@@ -341,6 +349,23 @@ class Engine:
         self._steps += 1
         seconds = self._clock() - began
         self._step_seconds += (seconds - self._step_seconds) * (_SMOOTHING if self._step_seconds else 1.0)
+
+    def _compute(self, shares: list[Share]) -> tuple[list[Sequence], list[Drawn]]:
+        """The sequences that get a token, and their tokens."""
+        sampling = [share.sequence for share in shares if share.samples]
+        logits = self._runner.run(shares)
+        for share in shares:
+            share.sequence.computed += share.count
+        return sampling, sample(logits, [sequence.draw() for sequence in sampling]) if sampling else []
+
+    def _step_failed(self, shares: list[Share], exc: Exception) -> None:
+        """A bug or a device error ends the streams of this step, not the others; an engine that only fails leaves."""
+        self._failed_steps += 1
+        if self._failed_steps > _FAILED_STEPS:
+            raise exc
+        _log.error("a step with %d streams failed", len(shares), exc_info=exc)
+        for share in shares:
+            self._fail(share.sequence.stream, Internal("internal error; the log of the decode worker says more"))
 
     def _advance(self, sequence: Sequence, drawn: Drawn) -> pb.DecodeStreamOutput:
         """Takes a sequence's token; ends it if that was the last."""

@@ -6,7 +6,8 @@ before any byte of it is copied; a stream that ends without a commit leaves its 
 
 Bounded everywhere: a producer may send what its credit allows and no more; credit grows with what is in pages, never
 falls, and all streams together share the arena; a frame in hand waits for a slot, which slows its stream and nobody
-else's for longer than a step; and a silent peer is dropped after `stall_timeout`.
+else's for longer than a step. A producer may be silent for as long as its ticket lives, since it may serve others in
+between; one that is gone is found by keepalive, and the ticket's lease ends with the router's interest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from hma_serve.core.errors import DeadlineExceeded, FailedPrecondition, HmaError, Unavailable
+from hma_serve.core.errors import FailedPrecondition, HmaError, Unavailable
 from hma_serve.decode.admission import typed
 from hma_serve.decode.engine_client import EngineClient, PushMailbox
 from hma_serve.internal.v1 import decode_engine_pb2
@@ -44,11 +45,11 @@ from hma_serve.v1 import kv_block_pb2, kv_transfer_pb2
 
 SERVICE = "hma_serve.v1.KvTransfer"
 
-_UNFINISHED_WRITE_SECONDS = 1.0
-
 _log = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[bytes, kv_transfer_pb2.PushResponse]
+
+_DRAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class ReceiverParts:
         slots: Of the arena.
         acceptance: What a manifest must match.
         metrics: What is counted.
-        stall_timeout: Seconds that a producer may be silent.
+        stall_timeout: Seconds to wait for a stream's first frame, for the engine, and for a producer to read.
     """
 
     engine: EngineClient
@@ -92,48 +93,99 @@ class Receiver:
 
     async def push(self, frames: AsyncIterator[bytes], context: _Context) -> None:
         """One KV stream; see the schema."""
+        responses = _Responses(context, self._parts.stall_timeout)
         self._active += 1
         try:
-            await _Push(self._parts, context, self._window).run()
+            await _Push(self._parts, context, responses, self._window).run()
+            return
         except KvFormatError as exc:
-            await self._refuse(context, typed(exc), exc.rule)
+            error, reason = typed(exc), exc.rule
         except HmaError as exc:
-            await self._refuse(context, exc, exc.code)
+            error, reason = exc, exc.code
         finally:
             self._active -= 1
+        await self._refuse(responses, error, reason)
+        await _drain(context)
 
     def _window(self) -> int:
         """Bytes that one stream may have under way: its share of the arena, but always one message."""
         return max(MAX_MESSAGE_BYTES, self._parts.arena.slots * self._parts.arena.slot_bytes // max(1, self._active))
 
-    async def _refuse(self, context: _Context, error: HmaError, reason: str) -> None:
+    async def _refuse(self, responses: _Responses, error: HmaError, reason: str) -> None:
         self._parts.metrics.pushes_refused.labels(reason).inc()
         _log.warning("refused a KV stream: %s", error.message)
-        refused = kv_transfer_pb2.PushRefused(error=error_detail(error))
-        # The producer may be gone.
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await context.write(kv_transfer_pb2.PushResponse(refused=refused))
+        # The producer may be gone, or read nothing.
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, HmaError):
+            await responses.send(
+                kv_transfer_pb2.PushResponse(refused=kv_transfer_pb2.PushRefused(error=error_detail(error)))
+            )
+
+
+async def _drain(context: _Context) -> None:
+    """Reads on for a moment: a producer whose write meets the end of the call never sees a refusal (grpc#36066)."""
+    with contextlib.suppress(TimeoutError, grpc.RpcError, asyncio.InvalidStateError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            while isinstance(await context.read(), bytes):
+                pass
+
+
+class _Responses:
+    """The way back of one stream: one write at a time, none for ever.
+
+    gRPC takes a single write at once and keeps a cancelled one under way, so every write goes through here.
+    """
+
+    def __init__(self, context: _Context, limit: float) -> None:
+        self._context = context
+        self._limit = limit
+        self._last: asyncio.Future[None] | None = None
+        self._turn = asyncio.Lock()
+
+    async def send(self, response: kv_transfer_pb2.PushResponse) -> None:
+        """Writes one response once the one before has left.
+
+        Raises:
+            Unavailable: The producer takes no response within the limit; nothing more can be said to it.
+        """
+        async with self._turn:
+            if self._last is not None:
+                await self._written(self._last)
+            self._last = asyncio.ensure_future(self._context.write(response))
+            await self._written(self._last)
+
+    async def _written(self, write: asyncio.Future[None]) -> None:
+        done, _ = await asyncio.wait((write,), timeout=self._limit)
+        if not done:
+            raise Unavailable(f"the producer of a KV stream read no response for {self._limit:g} s")
+        write.result()
 
 
 class _Push:
     """One stream."""
 
-    def __init__(self, parts: ReceiverParts, context: _Context, window: Any) -> None:
+    def __init__(
+        self, parts: ReceiverParts, context: _Context, responses: _Responses, window: Callable[[], int]
+    ) -> None:
         self._parts = parts
         self._context = context
+        self._responses = responses
         self._window = window
         self._credit = 0
-        self._writing = asyncio.Lock()
+        self._accepted = asyncio.Event()
 
     async def run(self) -> None:
-        header, _ = decode_frame(await self._read())
+        header, _ = decode_frame(await self._within_stall(self._read(), "the first frame"))
         if not header.HasField("open"):
             raise FailedPrecondition("a KV stream begins with its open frame", field="header.frame")
         opened = header.open
         plan = self._checked(opened)
         attach = _attach(opened, plan)
         with self._parts.engine.push(attach) as mailbox:
-            await self._unless_failed(mailbox, self._transfer(mailbox, attach.push, opened, plan))
+            await _first_end(
+                self._transfer(mailbox, attach.push, opened, plan), self._acknowledge(mailbox), mailbox.failure
+            )
+            committed = kv_transfer_pb2.PushCommitted(blocks=mailbox.landed_blocks, payload_bytes=mailbox.landed_bytes)
+            await self._responses.send(kv_transfer_pb2.PushResponse(committed=committed))
 
     def _checked(self, opened: kv_transfer_pb2.PushOpen) -> StreamPlan:
         if kv_transfer_pb2.TRANSPORT_GRPC not in opened.transports:
@@ -141,20 +193,6 @@ class _Push:
         plan = validate_manifest(opened.manifest)
         check_plan(plan, self._parts.acceptance)
         return plan
-
-    async def _unless_failed(self, mailbox: PushMailbox, transfer: Any) -> None:
-        """Runs the transfer, or ends it as soon as the engine says why it must."""
-        task = asyncio.ensure_future(transfer)
-        try:
-            await asyncio.wait((task, mailbox.failure), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await task
-        if mailbox.failure.done():
-            raise mailbox.failure.result()
-        task.result()
 
     async def _transfer(
         self, mailbox: PushMailbox, push: int, opened: kv_transfer_pb2.PushOpen, plan: StreamPlan
@@ -164,19 +202,11 @@ class _Push:
         accepted = kv_transfer_pb2.PushAccepted(
             transport=kv_transfer_pb2.TRANSPORT_GRPC, max_message_bytes=MAX_MESSAGE_BYTES, credit_bytes=self._credit
         )
-        await self._write(kv_transfer_pb2.PushResponse(accepted=accepted))
-        reader = StreamReader(plan, opened.ticket, opened.epoch)
-        acknowledging = asyncio.create_task(self._acknowledge(mailbox))
-        try:
-            await self._receive(push, reader)
-            self._parts.engine.end_push(push)
-            await self._within_stall(mailbox.committed.wait(), "the engine")
-        finally:
-            acknowledging.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await acknowledging
-        committed = kv_transfer_pb2.PushCommitted(blocks=reader.received, payload_bytes=reader.payload_bytes)
-        await self._write(kv_transfer_pb2.PushResponse(committed=committed))
+        await self._responses.send(kv_transfer_pb2.PushResponse(accepted=accepted))
+        self._accepted.set()
+        await self._receive(push, StreamReader(plan, opened.ticket, opened.epoch))
+        self._parts.engine.end_push(push)
+        await self._within_stall(mailbox.committed.wait(), "the engine")
 
     async def _receive(self, push: int, reader: StreamReader) -> None:
         """Takes blocks until the end frame; all of them are on their way to the engine then."""
@@ -212,38 +242,48 @@ class _Push:
         self._parts.engine.store(stored)
 
     async def _acknowledge(self, mailbox: PushMailbox) -> None:
-        """One ack for all that has landed since the last."""
+        """One ack for all that has landed since the last; runs until it is cancelled."""
+        await self._accepted.wait()
         while True:
             await mailbox.progress.wait()
             mailbox.progress.clear()
             self._credit = max(self._credit, mailbox.landed_bytes + self._window())
             ack = kv_transfer_pb2.PushAck(blocks=mailbox.landed_blocks, credit_bytes=self._credit)
-            await self._write(kv_transfer_pb2.PushResponse(ack=ack))
+            await self._responses.send(kv_transfer_pb2.PushResponse(ack=ack))
 
     async def _read(self) -> bytes:
-        frame = await self._within_stall(self._context.read(), "the producer")
+        # No limit of its own: a producer may serve other requests in between. The ticket's lease, which the router
+        # renews, ends the wait through the engine, and keepalive finds a producer that is gone.
+        frame = await self._context.read()
         if not isinstance(frame, bytes):
             raise Unavailable("the producer ended the stream before its KV was complete")
         return frame
-
-    async def _write(self, response: kv_transfer_pb2.PushResponse) -> None:
-        async with self._writing:
-            writing = asyncio.ensure_future(self._context.write(response))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                # A cancelled write stays under way inside gRPC, which takes one at a time: the next would fail.
-                await asyncio.wait((writing,), timeout=_UNFINISHED_WRITE_SECONDS)
-                raise
 
     async def _within_stall(self, awaitable: Any, who: str) -> Any:
         try:
             async with asyncio.timeout(self._parts.stall_timeout):
                 return await awaitable
         except TimeoutError:
-            raise DeadlineExceeded(
-                f"waited more than {self._parts.stall_timeout:g} s for {who} of a KV stream"
-            ) from None
+            raise Unavailable(f"waited more than {self._parts.stall_timeout:g} s for {who} of a KV stream") from None
+
+
+async def _first_end(
+    transfer: Coroutine[Any, Any, None], beside: Coroutine[Any, Any, None], failure: asyncio.Future[HmaError]
+) -> None:
+    """Runs the transfer to its end, or until what runs beside it, or the engine, says why it must end now."""
+    tasks = [asyncio.ensure_future(transfer), asyncio.ensure_future(beside)]
+    ends: list[asyncio.Future[Any]] = [*tasks, failure]
+    try:
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if failure.done():
+            raise failure.result()
+        for task in tasks:
+            if task.done():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _attach(opened: kv_transfer_pb2.PushOpen, plan: StreamPlan) -> decode_engine_pb2.DecodeAttach:

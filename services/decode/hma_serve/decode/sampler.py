@@ -68,6 +68,7 @@ class Drawn:
     logprobs: Logprobs | None = None
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """Draws one token for each row.
 

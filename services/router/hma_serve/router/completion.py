@@ -8,10 +8,13 @@ and nowhere else (those of single numbers stand in `core.request`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hma_serve.core.errors import ContextLengthExceeded, HmaError, InvalidArgument, NotFound, Unavailable
 from hma_serve.core.request import MAX_SEED, SamplingParams, Slo, StopConditions
@@ -26,6 +29,10 @@ from hma_serve.router.model import ServedModel
 from hma_serve.telemetry.metrics import RouterMetrics
 from hma_serve.text import Conversation, TokenizingPool
 from hma_serve.v1 import common_pb2
+
+_log = logging.getLogger(__name__)
+
+_CUT_SECONDS = 2.0
 
 MAX_COMPLETIONS = 32
 """Completions that one request may ask for: prompts times `n`."""
@@ -156,15 +163,16 @@ class Completions:
         self._fleet = fleet
         self._metrics = metrics
         self._request_timeout = request_timeout
-        self._running = 0
+        self._running: Counter[asyncio.Task[Any]] = Counter()
         self._draining = False
+        self._cutting = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def running(self) -> int:
         """Requests that were accepted and have not ended."""
-        return self._running
+        return self._running.total()
 
     @property
     def draining(self) -> bool:
@@ -192,13 +200,23 @@ class Completions:
         return asked
 
     async def drain(self, grace: float) -> None:
-        """Takes no new requests and waits for the running ones, at most `grace` seconds."""
+        """Takes no new requests, waits for the running ones, and ends with an error what runs after `grace` seconds."""
         self._draining = True
+        if await self._became_idle(grace):
+            return
+        _log.warning("ending requests that outlast the grace", extra={"running": self.running})
+        self._cutting = True
+        for task in list(self._running):
+            task.cancel()
+        await self._became_idle(_CUT_SECONDS)
+
+    async def _became_idle(self, within: float) -> bool:
         try:
-            async with asyncio.timeout(grace):
+            async with asyncio.timeout(within):
                 await self._idle.wait()
         except TimeoutError:
-            return
+            return False
+        return True
 
     # Validation.
 
@@ -309,7 +327,7 @@ class Completions:
             HmaError: The request was shed or failed.
         """
         loop = asyncio.get_running_loop()
-        self._begin()
+        task = self._begin()
         outcome = "cancelled"
         started = False
         try:
@@ -322,24 +340,35 @@ class Completions:
                     if not isinstance(event, Started):
                         yield event
             outcome = "ok"
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise
+            # The drain cancelled the task to get here; the client is told instead of cut off.
+            task.uncancel()
+            raise Unavailable("this router is shutting down", retry_after=1.0) from None
         except HmaError as exc:
             outcome = exc.code
             if isinstance(exc, Shed):
                 self._metrics.shed.labels(exc.reason).inc()
             raise
         finally:
-            self._end()
+            self._end(task)
             self._metrics.requests.labels(outcome).inc()
             if outcome == "ok":
                 self._metrics.prompt_tokens.inc(prepared.prompt_tokens)
                 self._metrics.request_seconds.observe(loop.time() - prepared.jobs[0].arrived)
 
-    def _begin(self) -> None:
-        self._running += 1
+    def _begin(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[task] += 1
         self._idle.clear()
+        return task
 
-    def _end(self) -> None:
-        self._running -= 1
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        self._running[task] -= 1
+        if not self._running[task]:
+            del self._running[task]
         if not self._running:
             self._idle.set()
 

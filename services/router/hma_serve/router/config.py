@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hma_serve.core.errors import InvalidArgument
+
+_MAX_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,10 @@ class RouterConfig:
         request_timeout: Seconds that any request may take.
         max_attempts: Pairs that may fail one request before the client is told.
         max_body_bytes: Largest HTTP body.
+        max_connections: HTTP connections at the same time.
         local_prefill: Let decode compute long prompts while there is no prefill worker.
         max_channels: Connections to workers that are kept open.
-        drain: Seconds that running requests get after SIGTERM.
+        drain_grace: Seconds that running requests get after SIGTERM.
         log_format: `human` or `json`.
     """
 
@@ -39,67 +43,116 @@ class RouterConfig:
     request_timeout: float = 600.0
     max_attempts: int = 3
     max_body_bytes: int = 4 << 20
+    max_connections: int = 4096
     local_prefill: bool = True
     max_channels: int = 1024
-    drain: float = 30.0
+    drain_grace: float = 30.0
     log_format: str = "human"
 
     def __post_init__(self) -> None:
         if not self.registry:
-            raise InvalidArgument("give the registry with --etcd or ETCD_ENDPOINTS", field="--etcd")
+            raise InvalidArgument(
+                "there is no registry to find workers in: give --etcd http://HOST:2379 or --etcd file:PATH, or set "
+                "ETCD_ENDPOINTS",
+                field="--etcd",
+            )
         for flag, value in (
             ("--max-waiting", self.max_waiting),
             ("--max-wait", self.max_wait),
             ("--request-timeout", self.request_timeout),
             ("--max-attempts", self.max_attempts),
             ("--max-body-bytes", self.max_body_bytes),
+            ("--max-connections", self.max_connections),
         ):
-            if value <= 0:
-                raise InvalidArgument(f"{flag} must be positive, not {value}", field=flag)
-        for flag, listen in (("--http-listen", self.http_listen), ("--grpc-listen", self.grpc_listen)):
-            host, colon, port = listen.rpartition(":")
-            if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
-                raise InvalidArgument(f"{flag} must be host:port, not {listen!r}", field=flag)
+            if not 0 < value < math.inf:
+                raise InvalidArgument(f"{flag} must be a positive number, not {value:g}", field=flag)
+        if not 0 <= self.drain_grace < math.inf:
+            raise InvalidArgument(
+                f"--drain-grace must be 0 or more seconds, not {self.drain_grace:g}", field="--drain-grace"
+            )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser(
         prog="hma-serve router",
-        description="Serve the OpenAI API and gRPC, and place requests on prefill and decode workers.",
+        description="Serves the OpenAI API and gRPC, and places each request on a prefill and a decode worker.",
+        epilog="Try it: curl http://localhost:8000/v1/models",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = RouterConfig(registry="-")
-    parser.add_argument("--model", default=defaults.model, help="demo, a checkpoint directory or a Hub id")
-    parser.add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", default=defaults.model, metavar="demo|DIR|HUB_ID", help="the checkpoint; weights are not needed here"
+    )
+    place = parser.add_argument_group("place")
+    place.add_argument(
         "--etcd",
         default=os.environ.get("ETCD_ENDPOINTS", ""),
         metavar="URL[,URL]",
         help="registry of the workers; file:PATH names a static list (environment: ETCD_ENDPOINTS)",
     )
-    parser.add_argument("--http-listen", default=defaults.http_listen, metavar="HOST:PORT", help="OpenAI API")
-    parser.add_argument("--grpc-listen", default=defaults.grpc_listen, metavar="HOST:PORT", help="gRPC Inference")
-    parser.add_argument("--max-waiting", type=int, default=defaults.max_waiting, help="requests that may queue")
-    parser.add_argument("--max-wait", type=float, default=defaults.max_wait, help="seconds that one may queue")
-    parser.add_argument(
-        "--request-timeout", type=float, default=defaults.request_timeout, help="seconds that any request may take"
+    place.add_argument(
+        "--http-listen", default=defaults.http_listen, metavar="HOST:PORT", help="OpenAI API, /ready and /metrics"
     )
-    parser.add_argument(
-        "--max-attempts", type=int, default=defaults.max_attempts, help="pairs that may fail one request"
+    place.add_argument("--grpc-listen", default=defaults.grpc_listen, metavar="HOST:PORT", help="gRPC Inference")
+    queue = parser.add_argument_group("queue")
+    queue.add_argument(
+        "--max-waiting", type=int, default=defaults.max_waiting, metavar="N", help="requests that may wait for workers"
     )
-    parser.add_argument("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="largest HTTP body")
-    parser.add_argument(
+    queue.add_argument(
+        "--max-wait", type=float, default=defaults.max_wait, metavar="SECONDS", help="that one may wait for workers"
+    )
+    queue.add_argument(
         "--local-prefill",
         action=argparse.BooleanOptionalAction,
         default=defaults.local_prefill,
         help="let decode compute long prompts while there is no prefill worker",
     )
-    parser.add_argument("--drain", type=float, default=defaults.drain, help="seconds for running requests on SIGTERM")
-    parser.add_argument("--log-format", choices=("human", "json"), default=defaults.log_format, help="of the log")
+    requests = parser.add_argument_group("requests")
+    requests.add_argument(
+        "--request-timeout", type=float, default=defaults.request_timeout, metavar="SECONDS", help="for any request"
+    )
+    requests.add_argument(
+        "--max-attempts",
+        type=int,
+        default=defaults.max_attempts,
+        metavar="N",
+        help="pairs of workers that may fail a request",
+    )
+    requests.add_argument(
+        "--max-body-bytes", type=int, default=defaults.max_body_bytes, metavar="BYTES", help="largest HTTP body"
+    )
+    requests.add_argument(
+        "--max-connections", type=int, default=defaults.max_connections, metavar="N", help="HTTP clients at once"
+    )
+    process = parser.add_argument_group("process")
+    process.add_argument(
+        "--drain-grace",
+        type=float,
+        default=defaults.drain_grace,
+        metavar="SECONDS",
+        help="for running requests after SIGTERM",
+    )
+    process.add_argument(
+        "--log-format", choices=("human", "json"), default=defaults.log_format, help="json: one object a line"
+    )
     return parser
 
 
 def parse_config(argv: Sequence[str] | None) -> RouterConfig:
     """Parses and checks the command line; raises InvalidArgument."""
     args = vars(build_parser().parse_args(argv))
+    for flag in ("http_listen", "grpc_listen"):
+        args[flag] = _address(f"--{flag.replace('_', '-')}", args[flag])
     return RouterConfig(registry=args.pop("etcd"), **args)
+
+
+def _address(flag: str, listen: str) -> str:
+    """`host:port`; without a host, every interface."""
+    host, colon, port = listen.rpartition(":")
+    if not (colon and port.isascii() and port.isdigit() and int(port) <= _MAX_PORT):
+        raise InvalidArgument(f"{flag} must be HOST:PORT, or :PORT for every interface, not {listen!r}", field=flag)
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise InvalidArgument(f"{flag} wants an IPv6 address in brackets, as in [::1]:{port}", field=flag)
+    return f"{host or '0.0.0.0'}:{port}"

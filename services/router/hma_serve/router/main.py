@@ -60,7 +60,7 @@ async def run(config: RouterConfig) -> None:
     ):
         grpc_server = GrpcServer("router", config.grpc_listen, [SERVICE])
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(pipeline.completions), grpc_server.server)
-        limits = HttpLimits(max_body_bytes=config.max_body_bytes)
+        limits = HttpLimits(max_body_bytes=config.max_body_bytes, max_connections=config.max_connections)
         app = build_app(pipeline.completions, pipeline.not_ready, limits)
         http_server = HttpServer(app, config.http_listen, limits)
         http_address = await http_server.start()
@@ -70,7 +70,7 @@ async def run(config: RouterConfig) -> None:
             await stop.wait()
             _log.info("draining", extra={"running": pipeline.completions.running})
             await grpc_server.set_serving(False)
-            await pipeline.completions.drain(config.drain)
+            await pipeline.completions.drain(config.drain_grace)
             await grpc_server.stop(_STOP_GRACE)
         finally:
             await http_server.stop()
