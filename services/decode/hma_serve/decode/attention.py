@@ -83,10 +83,13 @@ class TorchPagedAttention:
     Args:
         pool: The pages.
         heads: Query heads of the model.
+        k_offsets: What packed keys have been moved by, float32 [layers, kv_heads, head_dim]; None: nothing. Plain pages
+            hold keys as they are.
     """
 
-    def __init__(self, pool: PagePool, heads: int) -> None:
+    def __init__(self, pool: PagePool, heads: int, k_offsets: torch.Tensor | None = None) -> None:
         self._pool = pool
+        self._k_offsets = k_offsets
         geometry = pool.geometry
         self._kv_heads = geometry.kv_heads
         self._head_dim = geometry.head_dim
@@ -103,7 +106,7 @@ class TorchPagedAttention:
                 groups.append(_Group(row, batch, self._tables_of(batch)))
                 row += sum(span.count for span in batch)
         self._forget(groups)
-        return _Step(self._pool, groups, _write_addresses(spans), self._group)
+        return _Step(self._pool, groups, _write_addresses(spans), self._group, self._k_offsets)
 
     def _tables_of(self, batch: list[Span]) -> _Tables:
         """Page tables change once in 32 steps, so those of the last step are kept."""
@@ -215,8 +218,16 @@ class _Group:
 class _Step:
     """One step's attention; see `PagedAttention.plan`."""
 
-    def __init__(self, pool: PagePool, groups: list[_Group], addresses: _Addresses, group_size: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        groups: list[_Group],
+        addresses: _Addresses,
+        group_size: int,
+        k_offsets: torch.Tensor | None,
+    ) -> None:
         self._pool = pool
+        self._k_offsets = k_offsets
         self._addresses = addresses
         self._group_size = group_size
         self._work = [(group, [_hidden(block, group) for block in group.tables.blocks]) for group in groups]
@@ -259,6 +270,8 @@ class _Step:
         """Scores of every page in a block, float32 [n, kv_heads, size * queries, 32]."""
         keys = self._read(layer, block.k_format, block.k_pages)
         scores = torch.matmul(_of_owner(q, block), keys.transpose(2, 3))
+        if self._k_offsets is not None and block.k_format is not None:
+            scores += _of_owner(torch.matmul(q, self._k_offsets[layer].unsqueeze(2)), block)  # q.c
         if mask is not None:
             last = scores[len(scores) - len(mask) :]
             last.view(*last.shape[:2], size, -1, GROUP_TOKENS).masked_fill_(mask, -torch.inf)
