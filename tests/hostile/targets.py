@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from hma_serve import kvblock
 from hma_serve.cli.kv_capture import MAX_PROBLEMS, read_capture
+from hma_serve.kvblock.errors import MalformedFrame
 from hma_serve.v1.decode_pb2 import KvOffer
 from hma_serve.v1.kv_block_pb2 import KvManifest, KvSupport
 from hma_serve.v1.kv_transfer_pb2 import PushHeader
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FILES = Path(__file__).parent / "files"
 Target = Callable[[bytes], None]
+_M = TypeVar("_M", KvManifest, KvOffer, KvSupport)
 LIMITS = kvblock.Limits()
 PLANS = [small_plan(name) for name in ("tt_bfp8_b", "fp8_e4m3fn.tensor", "bf16")]
 ACCEPTS = kvblock.Acceptance(
@@ -51,10 +53,7 @@ def frame(data: bytes) -> None:
 
 def manifest(data: bytes) -> None:
     """`validate_manifest` and `check_plan`: a plan's sizes are within the caps and add up."""
-    try:
-        parsed = KvManifest.FromString(data)
-    except DecodeError:
-        return
+    parsed = _parsed(KvManifest, data)
     plan = kvblock.validate_manifest(parsed)
     assert (
         plan.payload_bytes == sum(role.kv_heads * role.group_bytes for role in plan.roles.values()) * plan.group_count
@@ -76,6 +75,14 @@ def _check_block(plan: kvblock.StreamPlan, header: PushHeader, payload: memoryvi
     assert 0 < found.head_start + found.head_count <= HEADS
 
 
+def _parsed(kind: type[_M], data: bytes) -> _M:
+    """A message that arrives inside others, which protobuf itself has parsed."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise MalformedFrame("not such a message", field="frame") from error
+
+
 def _any_of(check: Callable[[Any], None], choices: Iterable[Any]) -> None:
     """Raises the last refusal if all refuse."""
     refusal = None
@@ -91,19 +98,13 @@ def _any_of(check: Callable[[Any], None], choices: Iterable[Any]) -> None:
 
 def offer(data: bytes) -> None:
     """`check_offer`."""
-    try:
-        parsed = KvOffer.FromString(data)
-    except DecodeError:
-        return
+    parsed = _parsed(KvOffer, data)
     kvblock.check_offer(parsed, ACCEPTS)
 
 
 def support(data: bytes) -> None:
     """`negotiate`, the stranger on either side."""
-    try:
-        parsed = KvSupport.FromString(data)
-    except DecodeError:
-        return
+    parsed = _parsed(KvSupport, data)
     _any_of(lambda pair: kvblock.negotiate(*pair) and None, ((parsed, SUPPORT), (SUPPORT, parsed)))
 
 
