@@ -59,6 +59,14 @@ def test_a_taken_port_is_named(flag: str) -> None:
     assert result.stderr.strip() == f"hma-serve up: port {port} on 127.0.0.1 is taken; choose another with {flag}"
 
 
+@pytest.mark.parametrize("host", ["nosuch.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_ours_is_named(host: str) -> None:
+    result = run_up("--host", host, "--http-port", "8000", "--grpc-port", "0")
+    assert result.returncode == 1
+    assert f"cannot listen on {host}" in result.stderr
+    assert "--host" in result.stderr
+
+
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     result = run_up("--model", str(tmp_path / "nowhere"), "--http-port", "0", "--grpc-port", "0")
     assert result.returncode == 1
@@ -87,3 +95,21 @@ def test_numbers_out_of_range_are_named(arguments: tuple[str, str]) -> None:
     result = run_up(*arguments)
     assert result.returncode == 1
     assert arguments[0] in result.stderr
+
+
+def test_ctrl_c_lets_running_streams_end_and_cuts_those_that_do_not(tmp_path: Path) -> None:
+    """A short stream ends by itself; an endless one is told why within the grace; nothing is killed."""
+    with running_cluster(tmp_path, "--drain-grace", "6") as cluster, httpx.Client(timeout=60) as client:
+        body = {"prompt": "It was", "ignore_eos": True, "stream": True}
+        short = client.send(
+            client.build_request("POST", f"{cluster.url}/v1/completions", json=body | {"max_tokens": 20}), stream=True
+        )
+        endless = client.send(
+            client.build_request("POST", f"{cluster.url}/v1/completions", json=body | {"max_tokens": 4000}), stream=True
+        )
+        cluster.process.send_signal(signal.SIGINT)
+        texts = [response.read().decode() for response in (short, endless)]
+        assert cluster.process.wait(40) == 0, cluster.output
+    assert texts[0].endswith("data: [DONE]\n\n")
+    assert '"error"' in texts[1]
+    assert "killed" not in cluster.output

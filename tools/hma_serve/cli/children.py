@@ -49,13 +49,13 @@ class Children:
     """
 
     def __init__(self, log_directory: Path) -> None:
-        self._logs = log_directory
-        self._logs.mkdir(parents=True, exist_ok=True)
+        self.log_directory = log_directory
+        self.log_directory.mkdir(parents=True, exist_ok=True)
         self.running: list[Child] = []
 
     def start(self, name: str, command: Sequence[str]) -> Child:
         """Starts one child."""
-        log = self._logs / f"{name}.log"
+        log = self.log_directory / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "hma_serve.cli.tethered", *command],
@@ -75,7 +75,7 @@ class Children:
             status = child.process.poll()
             if status is not None:
                 raise Unavailable(
-                    f"{child.name} {_describe(status)}; the end of its log ({child.log}):\n{child.log_tail()}"
+                    f"{child.name} {describe_end(status)}; the end of its log ({child.log}):\n{child.log_tail()}"
                 )
 
     def stop(self, grace: float) -> list[str]:
@@ -113,7 +113,8 @@ def _ended(process: subprocess.Popen[bytes], grace: float) -> bool:
     return process.poll() is not None
 
 
-def _describe(status: int) -> str:
+def describe_end(status: int) -> str:
+    """How a process ended, to follow its name in a sentence."""
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with status {status}"

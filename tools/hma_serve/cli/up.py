@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import http.client
 import json
 import os
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hma_serve.checkpoint import resolve_checkpoint
-from hma_serve.cli.children import Children
+from hma_serve.cli.children import Children, describe_end
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from hma_serve.core.worker import WorkerInfo
 from hma_serve.registry import Watcher, open_store
@@ -34,10 +35,13 @@ PROFILES = ("f32", "bf16", "tt_bfp8")
 DTYPES = ("bfloat16", "float32")
 SAMPLE_PROMPT = "It was a dark and stormy night, and the old house"
 SAMPLE_TOKENS = 48
+SAMPLE_SEED = 7
 MAX_WORKERS = 64
+MAX_SECONDS = 86_400
 
 _POLL_SECONDS = 0.1
 _HTTP_TIMEOUT = 60.0
+_LEAVING_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class UpConfig:
         data_dir: Keeps etcd's data and the logs; None uses a temporary directory.
         log_format: Of the children's logs.
         start_timeout: Seconds until the cluster must be ready.
-        drain: Seconds that each process gets to finish what runs.
+        drain_grace: Seconds that each process gets to finish what runs.
         prefill_arguments: More flags for each prefill worker.
         decode_arguments: More flags for each decode worker.
         router_arguments: More flags for the router.
@@ -75,7 +79,7 @@ class UpConfig:
     data_dir: Path | None
     log_format: str
     start_timeout: float
-    drain: float
+    drain_grace: float
     prefill_arguments: tuple[str, ...]
     decode_arguments: tuple[str, ...]
     router_arguments: tuple[str, ...]
@@ -103,14 +107,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=Path, help="keep etcd's data and the logs here (default: a temporary one)")
     parser.add_argument("--log-format", choices=("human", "json"), default="human")
     parser.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS")
-    parser.add_argument("--drain", type=float, default=30.0, metavar="SECONDS", help="for running requests, on Ctrl-C")
-    for role in ("prefill", "decode", "router"):
+    parser.add_argument(
+        "--drain-grace", type=float, default=30.0, metavar="SECONDS", help="for running requests, on Ctrl-C"
+    )
+    examples = {"prefill": "--chunk-tokens=256", "decode": "--max-running=8", "router": "--max-waiting=100"}
+    for role, example in examples.items():
         parser.add_argument(
             f"--{role}-arg",
             action="append",
             default=[],
             metavar="FLAG=VALUE",
-            help=f"pass a flag on to each {role}, for example --{role}-arg=--threads=1; may be repeated",
+            help=f"pass a flag on to each {role}, for example --{role}-arg={example}; may be repeated",
         )
     return parser
 
@@ -124,6 +131,11 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
     for flag, port in (("--http-port", args.http_port), ("--grpc-port", args.grpc_port)):
         if not 0 <= port <= 65535:
             raise InvalidArgument(f"{flag} must be between 0 and 65535, not {port}", field=flag)
+    if args.http_port and args.http_port == args.grpc_port:
+        raise InvalidArgument(f"--http-port and --grpc-port are both {args.http_port}", field="--grpc-port")
+    for flag, seconds in (("--drain-grace", args.drain_grace), ("--start-timeout", args.start_timeout)):
+        if not 0 <= seconds < MAX_SECONDS:
+            raise InvalidArgument(f"{flag} must be between 0 and {MAX_SECONDS} seconds, not {seconds:g}", field=flag)
     return UpConfig(
         model=args.model,
         prefill=args.prefill,
@@ -137,7 +149,7 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
         data_dir=args.data_dir,
         log_format=args.log_format,
         start_timeout=args.start_timeout,
-        drain=args.drain,
+        drain_grace=args.drain_grace,
         prefill_arguments=tuple(args.prefill_arg),
         decode_arguments=tuple(args.decode_arg),
         router_arguments=tuple(args.router_arg),
@@ -145,22 +157,34 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
 
 
 def free_port(host: str) -> int:
-    """A port that is free now."""
-    with socket.create_server((host, 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port that is free now; raises FailedPrecondition when the address is not ours."""
+    try:
+        with socket.create_server((host, 0)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as exc:
+        raise _not_ours(host, exc) from exc
 
 
 def check_port(host: str, port: int, flag: str) -> None:
-    """Raises FailedPrecondition when the port is taken, before anything is started."""
+    """Raises FailedPrecondition when the router could not listen there, before anything is started."""
     try:
         socket.create_server((host, port)).close()
     except OSError as exc:
-        raise FailedPrecondition(f"port {port} on {host} is taken; choose another with {flag}", field=flag) from exc
+        if exc.errno == errno.EADDRINUSE:
+            raise FailedPrecondition(f"port {port} on {host} is taken; choose another with {flag}", field=flag) from exc
+        raise _not_ours(host, exc) from exc
+
+
+def _not_ours(host: str, exc: OSError) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"cannot listen on {host}: {exc.strerror or exc}; give an IPv4 address of this machine with --host",
+        field="--host",
+    )
 
 
 @contextlib.contextmanager
 def data_directory(chosen: Path | None) -> Iterator[Path]:
-    """The chosen directory, kept; or a temporary one, removed at the end."""
+    """The chosen directory, kept; or a temporary one, removed at the end unless something failed: it has the logs."""
     if chosen is not None:
         try:
             chosen.mkdir(parents=True, exist_ok=True)
@@ -169,10 +193,8 @@ def data_directory(chosen: Path | None) -> Iterator[Path]:
         yield chosen
         return
     directory = Path(tempfile.mkdtemp(prefix="hma-serve-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -207,7 +229,7 @@ class Registry:
         """Raises Unavailable if an etcd of ours has ended."""
         status = None if self.own is None else self.own.poll()
         if status is not None:
-            raise Unavailable(f"etcd ended with status {status}")
+            raise Unavailable(f"etcd {describe_end(status)}")
 
 
 def role_command(role: str, *flags: str) -> list[str]:
@@ -218,6 +240,7 @@ def role_command(role: str, *flags: str) -> list[str]:
 def start_services(config: UpConfig, children: Children, etcd: str) -> None:
     """Starts decode, prefill and router."""
     common = ["--model", config.model, "--etcd", etcd, "--log-format", config.log_format]
+    common += ["--drain-grace", f"{config.drain_grace:g}"]
     worker = [*common, "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"]
     for index in range(config.decode):
         flags = [*worker, "--dtype", config.dtype, *config.decode_arguments]
@@ -225,13 +248,9 @@ def start_services(config: UpConfig, children: Children, etcd: str) -> None:
     for index in range(config.prefill):
         flags = [*worker, "--profile", config.prefill_profile, *config.prefill_arguments]
         children.start(f"prefill-{index}", role_command("prefill", *flags))
-    listen = [
-        "--http-listen",
-        f"{config.host}:{config.http_port}",
-        "--grpc-listen",
-        f"{config.host}:{config.grpc_port}",
-    ]
-    children.start("router", role_command("router", *common, *listen, *config.router_arguments))
+    entrance = ["--http-listen", f"{config.host}:{config.http_port}"]
+    entrance += ["--grpc-listen", f"{config.host}:{config.grpc_port}"]
+    children.start("router", role_command("router", *common, *entrance, *config.router_arguments))
 
 
 def is_ready(host: str, port: int) -> bool:
@@ -265,7 +284,7 @@ def wait_ready(config: UpConfig, children: Children, etcd: Registry, stop: threa
                 if time.monotonic() > deadline:
                     raise Unavailable(
                         f"the cluster was not ready within {config.start_timeout:g} seconds; "
-                        f"raise --start-timeout or look at the logs"
+                        f"raise --start-timeout or look at the logs in {children.log_directory}"
                     )
     finally:
         store.close()
@@ -289,7 +308,13 @@ def describe(config: UpConfig, workers: Sequence[WorkerInfo], etcd: str, directo
 
 def stream_sample(config: UpConfig) -> Iterator[str]:
     """One streamed completion through the public API, piece by piece; raises Unavailable when it fails."""
-    body = {"prompt": SAMPLE_PROMPT, "max_tokens": SAMPLE_TOKENS, "temperature": 0.0, "stream": True}
+    body = {
+        "prompt": SAMPLE_PROMPT,
+        "max_tokens": SAMPLE_TOKENS,
+        "temperature": 0.7,
+        "seed": SAMPLE_SEED,
+        "stream": True,
+    }
     connection = http.client.HTTPConnection(config.host, config.http_port, timeout=_HTTP_TIMEOUT)
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -310,19 +335,22 @@ def stream_sample(config: UpConfig) -> Iterator[str]:
         connection.close()
 
 
-def show_sample(config: UpConfig) -> None:
+def show_sample(config: UpConfig, children: Children) -> None:
     """Prints the sample prompt and its continuation as it comes."""
     print(f"\n  {SAMPLE_PROMPT}", end="", flush=True)
-    for text in stream_sample(config):
-        print(text.replace("\n", "\n  "), end="", flush=True)
+    try:
+        for text in stream_sample(config):
+            print(text.replace("\n", "\n  "), end="", flush=True)
+    except Unavailable:
+        # A child that died explains it better.
+        children.check()
+        raise
     print("\n", flush=True)
 
 
 def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> None:
     """Runs the cluster until `stop`; raises when it cannot start or a process ends."""
     resolve_checkpoint(config.model)
-    check_port(config.host, config.http_port, "--http-port")
-    check_port(config.host, config.grpc_port, "--grpc-port")
     with data_directory(config.data_dir) as directory:
         children = Children(directory / "logs")
         print(f"starting {config.decode} decode, {config.prefill} prefill ({config.prefill_profile}) and a router ...")
@@ -332,7 +360,7 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
                 workers = wait_ready(config, children, etcd, stop)
                 if not stop.is_set():
                     print(describe(config, workers, etcd.urls, directory))
-                    show_sample(config)
+                    show_sample(config, children)
                     print("serving; Ctrl-C drains and stops", flush=True)
                 while not stop.wait(_POLL_SECONDS):
                     children.check()
@@ -340,7 +368,7 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
             except BaseException:
                 children.kill()
                 raise
-            take_down(children, config.drain, urgent)
+            take_down(children, config.drain_grace, urgent)
 
 
 def take_down(children: Children, drain: float, urgent: threading.Event) -> None:
@@ -357,7 +385,8 @@ def take_down(children: Children, drain: float, urgent: threading.Event) -> None
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    killed = children.stop(drain)
+    # Each child ends what runs within `drain`; the margin is for saying so and leaving.
+    killed = children.stop(drain + _LEAVING_SECONDS)
     done.set()
     watcher.join()
     print(f"stopped{'; killed ' + ', '.join(killed) if killed else ''}", flush=True)
@@ -366,12 +395,14 @@ def take_down(children: Children, drain: float, urgent: threading.Event) -> None
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     config = parse_config(sys.argv[1:] if argv is None else argv)
+    check_port(config.host, config.http_port, "--http-port")
+    check_port(config.host, config.grpc_port, "--grpc-port")
     stop, urgent = threading.Event(), threading.Event()
 
     def on_signal(_number: int, _frame: object) -> None:
         (urgent if stop.is_set() else stop).set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)
     # gRPC's own connection chatter is no news for someone who starts a cluster.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
