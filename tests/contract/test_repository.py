@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ BIN = Path(sys.executable).parent
 
 
 def run(*command: str) -> None:
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, env={"PATH": f"{BIN}:/usr/bin:/bin"}
-    )
+    with tempfile.TemporaryDirectory() as home:
+        environment = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": home}
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

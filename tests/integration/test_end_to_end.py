@@ -6,6 +6,7 @@ an in-process reference that quantises in the same way (profile tt_bfp8), whatev
 
 import asyncio
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from support.reference import reference_generate
 LENGTHS = [1, 2, 5, 17, 31, 32, 33, 34, 63, 64, 65, 96, 97, 130, 200, 257, 320, 411, 513, 600]
 NEW_TOKENS = 12
 IN_FLIGHT = 8
+PREFILLED = "hma_prefill_tokens_total"
+RECEIVED = "hma_decode_kv_received_bytes_total"
 
 
 def prompts() -> list[list[int]]:
@@ -61,6 +64,18 @@ async def complete_all(cluster: Cluster, requests: Sequence[list[int]]) -> list[
         return list(await asyncio.gather(*map(complete, requests)))
 
 
+def packed(requests: Sequence[list[int]]) -> int:
+    """Tokens that prefill must have computed for these prompts."""
+    return sum((len(prompt) - 1) // 32 * 32 for prompt in requests)
+
+
+def metric(cluster: Cluster, role: str, name: str) -> float:
+    """A counter of the cluster's only worker of a role."""
+    (url,) = re.findall(rf"{role}-\w+ +metrics +(\S+)", cluster.output)
+    (value,) = re.findall(rf"^{name} (\S+)$", httpx.get(url).text, re.MULTILINE)
+    return float(value)
+
+
 @pytest.fixture(scope="module")
 def exact_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("exact")
@@ -77,7 +92,14 @@ async def test_greedy_tokens_equal_those_of_transformers(exact_cluster: Cluster)
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
         )
         expected.append(out[0, len(prompt) :].tolist())
+    computed = metric(exact_cluster, "prefill", PREFILLED)
+    received = metric(exact_cluster, "decode", RECEIVED)
     assert await complete_all(exact_cluster, prompts()) == expected
+    # The prompts' KV really came from prefill, every byte of it.
+    assert metric(exact_cluster, "prefill", PREFILLED) - computed == packed(prompts())
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert metric(exact_cluster, "decode", RECEIVED) - received == packed(prompts()) * per_token
 
 
 @pytest.mark.parametrize("chunk", [64, 512])
@@ -85,6 +107,8 @@ async def test_quantised_prefill_equals_the_reference_at_any_chunk_size(chunk: i
     checkpoint = resolve_checkpoint("demo")
     expected = [reference_generate(checkpoint, "tt_bfp8", prompt, NEW_TOKENS) for prompt in prompts()]
     arguments = ["--prefill-profile", "tt_bfp8", "--dtype", "float32", f"--prefill-arg=--chunk-tokens={chunk}"]
+    # Otherwise this test could not tell whether anything was quantised.
+    assert expected != [reference_generate(checkpoint, "f32", prompt, NEW_TOKENS) for prompt in prompts()]
     with running_cluster(tmp_path, *arguments) as cluster:
         assert await complete_all(cluster, prompts()) == expected
 
@@ -115,3 +139,18 @@ async def test_a_streamed_answer_equals_the_whole_one(exact_cluster: Cluster) ->
     events = [httpx.Response(200, text=line.removeprefix("data: ")).json() for line in lines[:-1]]
     assert "".join(choice["text"] for event in events for choice in event["choices"]) == whole
     assert len(events) > 2
+
+
+async def test_the_smallest_requests_and_a_bad_one_in_between(exact_cluster: Cluster) -> None:
+    async with httpx.AsyncClient(base_url=exact_cluster.url, timeout=60) as client:
+        for body, status in (
+            ({"prompt": [5], "max_tokens": 1}, 200),
+            ({"prompt": [5] * 33, "max_tokens": 1}, 200),
+            ({"prompt": [10**6], "max_tokens": 1}, 400),
+            ({"prompt": [5] * 5000}, 400),
+            ({"prompt": "again", "max_tokens": 1}, 200),
+        ):
+            response = await client.post("/v1/completions", json=body)
+            assert response.status_code == status, response.text
+            if status == 200:
+                assert response.json()["usage"]["completion_tokens"] == 1

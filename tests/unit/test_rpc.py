@@ -1,4 +1,6 @@
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -142,3 +144,9 @@ def test_codes_of_newer_versions_become_internal() -> None:
     detail = error_detail(Unavailable("later"))
     detail.code = "not_yet_invented"
     assert type(from_error_detail(detail)) is Internal
+
+
+def test_the_documented_errors_are_those_that_exist() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\d+) \|", page, re.MULTILINE)
+    assert rows == [(code, kind.grpc_status, str(kind.http_status)) for code, kind in ERRORS.items()]
