@@ -183,6 +183,23 @@ async def test_running_requests_are_finished_before_the_router_goes(model: Path,
                 assert await process.process.wait() == 0
 
 
+async def test_the_log_is_structured_on_request(model: Path, tmp_path: Path) -> None:
+    registry = write_fleet(tmp_path / "workers.json")
+    listen = ("--http-listen", "127.0.0.1:0", "--grpc-listen", "127.0.0.1:0")
+    process = await start("--model", str(model), "--etcd", registry, *listen, "--log-format", "json")
+    assert process.stderr is not None
+    entries: list[dict[str, Any]] = []
+    async with asyncio.timeout(START):
+        while not entries or not entries[-1]["message"].startswith("serving"):
+            entries.append(json.loads(await process.stderr.readline()))
+        process.send_signal(signal.SIGTERM)
+        entries += map(json.loads, (await process.stderr.read()).splitlines())
+        assert await process.wait() == 0
+    assert all({"time", "level", "role", "logger", "message"} <= entry.keys() for entry in entries)
+    assert {entry["role"] for entry in entries} == {"router"}
+    assert any("http" in entry and "grpc" in entry for entry in entries)
+
+
 async def test_what_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
     taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     port = taken.sockets[0].getsockname()[1]

@@ -62,7 +62,8 @@ async def read_json_body(request: web.Request, *, limit: int, timeout: float) ->
     if tuple(map(str.lower, encodings)) != ("identity", "chunked"):
         raise UnsupportedMediaType("compressed bodies are not accepted")
     if request.content_length is not None and request.content_length > limit:
-        raise PayloadTooLarge(f"the body has {request.content_length} bytes; at most {limit} are accepted")
+        size = request.content_length
+        raise PayloadTooLarge(f"the body has {size} bytes; the router's --max-body-bytes accepts {limit}")
     try:
         async with asyncio.timeout(timeout):
             body = await request.read()

@@ -159,7 +159,9 @@ class _Connection(web.RequestHandler):
         return await super().finish_response(request, resp, start_time)
 
 
-_BUSY = dumps(error_object(503, "too many connections; try again later", code="unavailable"))
+_BUSY = dumps(
+    error_object(503, "too many connections (the router's --max-connections); try again later", code="unavailable")
+)
 _TOO_MANY = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
     b"Content-Length: %d\r\n\r\n" % len(_BUSY)
