@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,16 +175,26 @@ class Client:
         *,
         epoch: int | None = None,
         change: Callable[[list[bytes]], list[bytes]] = lambda frames: frames,
+        pause: Callable[[], Awaitable[None]] | None = None,
         **manifest: Any,
     ) -> list[kv_transfer_pb2.PushResponse]:
-        """Sends a prompt's KV as the reference computes it; all responses."""
+        """Sends a prompt's KV as the reference computes it, with a pause before the last frame; all responses."""
         frames = self.frames(tokens, ticket.nonce, ticket.epoch if epoch is None else epoch, profile, **manifest)
         method = self.channel.stream_stream(
             "/hma_serve.v1.KvTransfer/Push",
             request_serializer=lambda frame: frame,
             response_deserializer=kv_transfer_pb2.PushResponse.FromString,
         )
-        return [response async for response in method(iter(change(frames)), timeout=30)]
+        *head, last = change(frames)
+
+        async def paced() -> AsyncIterator[bytes]:
+            for frame in head:
+                yield frame
+            if pause is not None:
+                await pause()
+            yield last
+
+        return [response async for response in method(paced(), timeout=30)]
 
     def frames(self, tokens: Sequence[int], nonce: bytes, epoch: int, profile: str, **manifest: Any) -> list[bytes]:
         described: Any = {
@@ -402,6 +412,26 @@ async def test_a_lease_without_kv_runs_out_and_extend_renews_it(client: Client) 
     assert isinstance(await refusal(call.read()), Unavailable)
     assert asyncio.get_running_loop().time() - began >= 1.5 * LEASE - 0.1
     assert isinstance(await refusal(client.decode.Extend(extend)), NotFound)
+
+
+async def test_a_producer_may_be_silent_for_as_long_as_its_ticket_is_renewed(
+    checkpoint: Path,
+) -> None:
+    """A prefill worker serves other requests in between; nobody but the router may give up on this one."""
+    with running_worker(checkpoint, "--stall-timeout", "0.5") as worker:
+        async with connected(worker, checkpoint) as client:
+            tokens = prompt(70)
+            call = client.decode.Generate(client.request(tokens, 64), timeout=60)
+            ticket = (await first(call)).ticket
+
+            async def silence() -> None:
+                for _ in range(6):
+                    await asyncio.sleep(LEASE / 4)
+                    await client.decode.Extend(decode_pb2.ExtendRequest(nonce=ticket.nonce, epoch=1))
+
+            responses = await client.push(tokens[:64], ticket, pause=silence)
+            assert responses[-1].WhichOneof("event") == "committed"
+            assert [emitted(await rest(call))] == by_transformers(checkpoint, [tokens])
 
 
 async def test_release_is_idempotent(client: Client) -> None:
