@@ -21,7 +21,7 @@ from hma_serve.train_demo.evaluate import greedy
 from hma_serve.train_demo.export import write_checkpoint
 from hma_serve.train_demo.muon import Muon, orthogonalised
 from hma_serve.train_demo.parameters import Parameters
-from hma_serve.train_demo.scores import Scores
+from hma_serve.train_demo.scores import Copying, Scores
 from hma_serve.train_demo.tasks import Passages, TaskWriter
 from hma_serve.train_demo.training import Schedule
 from hma_serve.train_demo.vocabulary import SPECIAL_TOKENS, train_tokenizer
@@ -200,9 +200,15 @@ def test_the_written_checkpoint_is_read_back_with_its_history(tmp_path: Path) ->
     with open_weights(tmp_path, CONFIG, dtype=torch.bfloat16) as stored:
         assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in weights.items())
     assert read_runs(tmp_path) == runs
-    write_card(tmp_path, Scores(nats_per_byte=0.9, copied_prose=0.95, copied_random=1.0, found=0.8, samples=10))
+    write_card(tmp_path, Scores(0.9, Copying(0.95, 0.5), Copying(1.0, 0.9), found=0.8, samples=10))
     card = (tmp_path / "README.md").read_text()
-    for stated in ("Steps: 3,000 in all", "held-out loss: 0.9000", "95.0%", "80.0%", "`books.txt`, 2.0 MB"):
+    for stated in (
+        "Steps: 3,000 in all",
+        "held-out loss: 0.9000",
+        "95.0% right, on its own 50.0%",
+        "80.0%",
+        "`books.txt`, 2.0 MB",
+    ):
         assert stated in card
 
 

@@ -19,7 +19,7 @@ from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.model import CausalAttention, Transformer, open_weights
 from hma_serve.train_demo.card import write_card
 from hma_serve.train_demo.corpus import Corpus, read_corpus
-from hma_serve.train_demo.scores import COPY_DISTANCE, COPY_TOKENS, Scores
+from hma_serve.train_demo.scores import COPY_DISTANCE, COPY_TOKENS, Copying, Scores
 from hma_serve.train_demo.tasks import Passages, TaskWriter
 from hma_serve.train_demo.vocabulary import load_tokenizer
 
@@ -32,11 +32,20 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, *, sample
     with torch.inference_mode():
         stream = _held_out_stream(tokenizer, corpus)
         generator = torch.Generator().manual_seed(seed)
-        prose = _mean(_copied(model, stream, generator, noise=False) for _ in range(samples))
-        noise = _mean(_copied(model, stream, generator, noise=True) for _ in range(samples))
+        prose = _copying(_copied(model, stream, generator, noise=False) for _ in range(samples))
+        noise = _copying(_copied(model, stream, generator, noise=True) for _ in range(samples))
         writer = TaskWriter(Passages.of(corpus.held_out), seed)
         found = _mean(_found(model, tokenizer, writer) for _ in range(samples))
         return Scores(_nats_per_byte(model, tokenizer, corpus, samples), prose, noise, found, samples)
+
+
+def guided(model: Transformer, prompt: list[int], expected: list[int]) -> list[int]:
+    """The model's choice for each token of `expected`, given the prompt and all the expected tokens before it."""
+    cache = CausalAttention(model.config.num_layers)
+    ids = torch.tensor(prompt + expected[:-1], device=model.device)
+    hidden = model.forward(ids, torch.arange(len(ids), device=model.device), cache)
+    choices: list[int] = model.logits(hidden[len(prompt) - 1 :]).argmax(-1).tolist()
+    return choices
 
 
 def greedy(model: Transformer, prompt: list[int], expected: list[int]) -> list[int]:
@@ -50,10 +59,7 @@ def greedy(model: Transformer, prompt: list[int], expected: list[int]) -> list[i
     Returns:
         The greedy continuation of the prompt, of the length of `expected`.
     """
-    cache = CausalAttention(model.config.num_layers)
-    ids = torch.tensor(prompt + expected[:-1], device=model.device)
-    hidden = model.forward(ids, torch.arange(len(ids), device=model.device), cache)
-    guesses: list[int] = model.logits(hidden[len(prompt) - 1 :]).argmax(-1).tolist()
+    guesses = guided(model, prompt, expected)
     right = next((n for n, pair in enumerate(zip(guesses, expected, strict=True)) if pair[0] != pair[1]), len(expected))
     return (
         guesses[: right + 1]
@@ -74,8 +80,8 @@ def _continued(model: Transformer, prompt: list[int], known: list[int], length: 
         pending, done = out[-1:], done + len(ids)
 
 
-def _copied(model: Transformer, stream: torch.Tensor, generator: torch.Generator, *, noise: bool) -> float:
-    """Share of a passage's tokens that come out right after its first eight are given again."""
+def _copied(model: Transformer, stream: torch.Tensor, generator: torch.Generator, *, noise: bool) -> Copying:
+    """Copies one passage after its first eight tokens are given again."""
     start = int(torch.randint(len(stream) - COPY_DISTANCE, (1,), generator=generator))
     ids = stream[start : start + COPY_DISTANCE].clone()
     passage = _CUE_TOKENS + COPY_TOKENS
@@ -83,8 +89,10 @@ def _copied(model: Transformer, stream: torch.Tensor, generator: torch.Generator
         ids[:passage] = torch.randint(3, model.config.vocab_size, (passage,), generator=generator)
     tokens: list[int] = ids.tolist()
     expected = tokens[_CUE_TOKENS:passage]
-    out = greedy(model, tokens + tokens[:_CUE_TOKENS], expected)
-    return sum(a == b for a, b in zip(out, expected, strict=True)) / len(expected)
+    prompt = tokens + tokens[:_CUE_TOKENS]
+    return Copying(
+        _agreement(guided(model, prompt, expected), expected), _agreement(greedy(model, prompt, expected), expected)
+    )
 
 
 def _found(model: Transformer, tokenizer: Tokenizer, writer: TaskWriter) -> float:
@@ -115,6 +123,15 @@ def _held_out_stream(tokenizer: Tokenizer, corpus: Corpus) -> torch.Tensor:
     sections = list(corpus.held_out)
     random.Random(0).shuffle(sections)
     return torch.tensor([token for section in sections for token in tokenizer.encode(section).ids])
+
+
+def _agreement(out: list[int], expected: list[int]) -> float:
+    return sum(a == b for a, b in zip(out, expected, strict=True)) / len(expected)
+
+
+def _copying(attempts: Iterable[Copying]) -> Copying:
+    listed = list(attempts)
+    return Copying(_mean(attempt.guided for attempt in listed), _mean(attempt.alone for attempt in listed))
 
 
 def _mean(values: Iterable[float]) -> float:
