@@ -9,6 +9,7 @@ from bench.figures import provenance, show
 
 BENCHMARKS = {
     "kv_stream": "KV stream, numpy to numpy between two processes: gRPC against plain sockets, 1 MiB blocks",
+    "serving": "the whole stack on this machine with the demo model",
     "codecs": "codecs on the CPU against a torch copy of the same output",
 }
 
