@@ -1,6 +1,6 @@
 """The whole stack on this machine, `hma-serve up` with the demo model: one stream and many.
 
-References run in the same call: transformers' own `generate` in this process for one stream, one of our streams for many.
+References run in the same call: transformers' own `generate` for one stream, one of our streams for many.
 """
 
 from __future__ import annotations
