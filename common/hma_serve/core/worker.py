@@ -66,6 +66,8 @@ class KvScaleGranularity(_OpenEnum):
     TENSOR = 1
     HEAD = 2
     TOKEN_HEAD = 3
+    TOKEN_GROUP = 4
+    CHANNEL_GROUP = 5
 
 
 class KvRounding(_OpenEnum):
