@@ -95,6 +95,7 @@ class PrefillMetrics:
     queue_seconds: Histogram
     compute_seconds: Histogram
     exposed_transfer_seconds: Histogram
+    discarded_layers: Gauge
     running: Gauge
     waiting: Gauge
     queued_tokens: Gauge
@@ -121,6 +122,10 @@ def prefill_metrics(registry: CollectorRegistry = REGISTRY) -> PrefillMetrics:
         compute_seconds=histogram("compute_seconds", "Computation of one request, all layers and chunks."),
         exposed_transfer_seconds=histogram(
             "exposed_transfer_seconds", "From the end of the computation until decode committed the KV."
+        ),
+        discarded_layers=gauge(
+            "discarded_layers",
+            "Layers that came after their request had ended: what cancellations cost.",
         ),
         running=gauge("running_requests", "Requests being computed or sent."),
         waiting=gauge("waiting_requests", "Requests accepted and not started."),

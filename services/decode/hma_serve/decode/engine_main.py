@@ -25,7 +25,7 @@ from hma_serve.decode.scheduler import Scheduler
 from hma_serve.decode.tickets import TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
-from hma_serve.model import Transformer, open_weights
+from hma_serve.model import LoadLog, Transformer, open_weights
 from hma_serve.telemetry.logs import setup_logging
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -71,7 +71,7 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
     if endpoint.arena is None:
         raise Internal("the engine was started without an arena")
     config, dtype = read_model_config(args.checkpoint), _DTYPES[args.dtype]
-    with open_weights(args.checkpoint, config, dtype=dtype) as weights:
+    with open_weights(args.checkpoint, config, dtype=dtype, progress=LoadLog(_log)) as weights:
         model = Transformer(config, weights)
     pool = PagePool(
         KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),

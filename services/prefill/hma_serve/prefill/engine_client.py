@@ -75,11 +75,17 @@ class EngineClient:
         self._ids = itertools.count(1)
         self._ready: asyncio.Future[pb.PrefillReady] = asyncio.get_running_loop().create_future()
         self._death: HmaError | None = None
+        self._discarded_layers = 0
 
     @property
     def open_jobs(self) -> int:
         """Jobs that were submitted and not closed."""
         return len(self._jobs)
+
+    @property
+    def discarded_layers(self) -> int:
+        """Layers that came when their job was closed already: what cancellations cost."""
+        return self._discarded_layers
 
     async def ready(self) -> pb.PrefillReady:
         """Waits until the weights are loaded.
@@ -140,7 +146,9 @@ class EngineClient:
             self._die(from_error_detail(event.failed.error))
         elif (job := self._jobs.get(job_id)) is not None:
             job.put(event)
-        # Else the job was closed while the event was on its way; the engine frees the slot when it reads the close.
+        elif kind == "layer":
+            # Closed while the event was on its way; the engine frees the slot when it reads the close.
+            self._discarded_layers += 1
 
     async def _write(self) -> None:
         with contextlib.suppress(LinkClosed):

@@ -18,6 +18,7 @@ from hma_serve.checkpoint import read_model_config
 from hma_serve.core.errors import HmaError
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
+from hma_serve.model import LoadLog
 from hma_serve.prefill.accelerators import AcceleratorSpec, open_accelerator
 from hma_serve.prefill.engine import Engine, Job
 from hma_serve.prefill.kv_layout import KvLayout
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> Engine:
     started = time.monotonic()
     model, profile = read_model_config(args.checkpoint), find_profile(args.profile)
-    accelerator = open_accelerator(args.device, AcceleratorSpec(args.checkpoint, model, profile))
+    spec = AcceleratorSpec(args.checkpoint, model, profile, progress=LoadLog(_log))
+    accelerator = open_accelerator(args.device, spec)
     if endpoint.arena is None:
         raise SystemExit("the engine needs an arena")
     scheduler: Scheduler[Job] = Scheduler(

@@ -62,6 +62,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def __init__(self, parts: FrontParts) -> None:
         self._parts = parts
         self._guards: set[Guard] = set()
+        parts.metrics.discarded_layers.set_function(lambda: parts.engine.discarded_layers)
 
     def fail_all(self, error: HmaError) -> int:
         """Ends every request with `error`; returns how many there were."""

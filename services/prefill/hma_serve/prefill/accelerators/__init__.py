@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
+from hma_serve.model import Progress
 from hma_serve.prefill.profiles import Profile
 
 ENTRY_POINTS = "hma_serve.accelerators"
@@ -93,11 +94,13 @@ class AcceleratorSpec:
         checkpoint: Directory of the weights.
         model: Its configuration.
         profile: The arithmetic to follow.
+        progress: Told while the weights load how many bytes are done, out of how many.
     """
 
     checkpoint: Path
     model: ModelConfig
     profile: Profile
+    progress: Progress | None = None
 
 
 AcceleratorFactory = Callable[[AcceleratorSpec], Accelerator]

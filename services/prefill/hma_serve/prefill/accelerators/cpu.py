@@ -66,7 +66,8 @@ class CpuAccelerator:
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
         dtype = _DTYPES[profile.compute]
-        with open_weights(spec.checkpoint, model, dtype=dtype, with_head=False) as weights:
+        opened = open_weights(spec.checkpoint, model, dtype=dtype, with_head=False, progress=spec.progress)
+        with opened as weights:
             self._model = Transformer(model, weights, linear=linear_factory(profile))
 
     @property
