@@ -1,9 +1,10 @@
 """gRPC as the services use it: channels, servers, deadlines, and the one mapping of errors to statuses."""
 
+from hma_serve.core.error_detail import error_detail, from_error_detail
 from hma_serve.rpc.allocator import tune_allocator
 from hma_serve.rpc.channels import MAX_MESSAGE_BYTES, ChannelCache, open_channel
 from hma_serve.rpc.deadlines import deadline_in, remaining
-from hma_serve.rpc.errors import error_detail, from_error_detail, from_rpc_error, to_status
+from hma_serve.rpc.errors import from_rpc_error, to_status
 from hma_serve.rpc.servers import GrpcServer
 from hma_serve.rpc.tls import TlsConfig
 

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from hma_serve.core.error_detail import error_detail, from_error_detail
 from hma_serve.core.errors import ERRORS, HmaError, Internal, InvalidArgument, Unavailable
 from hma_serve.v1 import common_pb2
 
@@ -29,37 +30,20 @@ _BY_STATUS: dict[str, type[HmaError]] = {}
 for _kind in ERRORS.values():
     _BY_STATUS.setdefault(_kind.grpc_status, _kind)
 
-_MAX_TEXT = 2000
-
-
-def error_detail(error: HmaError) -> common_pb2.ErrorDetail:
-    """The error as a message."""
-    return common_pb2.ErrorDetail(
-        code=error.code,
-        message=error.message[:_MAX_TEXT],
-        field=error.field,
-        retry_after_seconds=error.retry_after,
-    )
-
-
-def from_error_detail(detail: common_pb2.ErrorDetail) -> HmaError:
-    """The typed error of a message; codes of newer versions become Internal."""
-    retry_after = detail.retry_after_seconds if detail.HasField("retry_after_seconds") else None
-    return ERRORS.get(detail.code, Internal)(detail.message, field=detail.field, retry_after=retry_after)
-
 
 def to_status(error: HmaError) -> status_pb2.Status:
     """The full status, with details, for the wire."""
     code: int = grpc.StatusCode[error.grpc_status].value[0]
-    status = status_pb2.Status(code=code, message=error.message[:_MAX_TEXT])
-    details = [error_detail(error)]
+    detail = error_detail(error)
+    status = status_pb2.Status(code=code, message=detail.message)
+    details = [detail]
     if error.retry_after is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(retry)
-    for detail in details:
+    for message in details:
         packed = AnyMessage()
-        packed.Pack(detail)
+        packed.Pack(message)
         status.details.append(packed)
     return status
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from google.protobuf.message import Message
 
+from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import (
     DataLoss,
     DeadlineExceeded,
@@ -30,7 +31,6 @@ from hma_serve.core.errors import (
 )
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions
-from hma_serve.decode.failures import to_detail
 from hma_serve.decode.pages import Need, PagePool
 from hma_serve.decode.runner import StepRunner
 from hma_serve.decode.sampler import Drawn, sample
@@ -162,7 +162,7 @@ class Engine:
         try:
             stream = self._reserved(admit)
         except HmaError as exc:
-            self._say(failed=pb.DecodeStreamFailed(stream=admit.stream, error=to_detail(exc)))
+            self._say(failed=pb.DecodeStreamFailed(stream=admit.stream, error=error_detail(exc)))
             return
         self._streams[admit.stream] = stream
         admitted = pb.DecodeAdmitted(
@@ -217,14 +217,14 @@ class Engine:
         try:
             self._tickets.renew(self._tickets.find(call.nonce, call.epoch))
         except HmaError as exc:
-            answer = pb.DecodeTicketAnswer(call=call.call, error=to_detail(exc))
+            answer = pb.DecodeTicketAnswer(call=call.call, error=error_detail(exc))
         self._say(answer=answer)
 
     def _release(self, call: pb.DecodeTicketCall) -> None:
         try:
             ticket = self._tickets.find(call.nonce, call.epoch)
         except HmaError as exc:
-            self._say(answer=pb.DecodeTicketAnswer(call=call.call, error=to_detail(exc)))
+            self._say(answer=pb.DecodeTicketAnswer(call=call.call, error=error_detail(exc)))
             return
         self._fail(ticket.stream, Unavailable("the ticket was released"))
         self._say(answer=pb.DecodeTicketAnswer(call=call.call))
@@ -235,7 +235,7 @@ class Engine:
             self._check_attach(self._streams[ticket.stream].sequence.pages.need, attach)
             self._tickets.attach(ticket, attach.push)
         except HmaError as exc:
-            self._say(push_failed=pb.DecodePushFailed(push=attach.push, error=to_detail(exc)))
+            self._say(push_failed=pb.DecodePushFailed(push=attach.push, error=error_detail(exc)))
             return
         self._streams[ticket.stream].landed_units = 0
         self._say(attached=pb.DecodeAttached(push=attach.push))
@@ -287,7 +287,7 @@ class Engine:
             # The front has checked the same; a hole must not be read even if it was wrong.
             self._tickets.detach(end.push)
             error = DataLoss(f"{stream.landed_units} of {expected} page units arrived", field="blocks")
-            self._say(push_failed=pb.DecodePushFailed(push=end.push, error=to_detail(error)))
+            self._say(push_failed=pb.DecodePushFailed(push=end.push, error=error_detail(error)))
             return
         self._tickets.commit(ticket)
         self._say(committed=pb.DecodeKvCommitted(push=end.push))
@@ -314,7 +314,7 @@ class Engine:
 
     def _fail(self, number: int, error: HmaError) -> None:
         if self._drop(number, error):
-            self._say(failed=pb.DecodeStreamFailed(stream=number, error=to_detail(error)))
+            self._say(failed=pb.DecodeStreamFailed(stream=number, error=error_detail(error)))
 
     def _drop(self, number: int, error: HmaError | None) -> bool:
         """Frees everything of a stream; whether there was one."""
@@ -326,7 +326,7 @@ class Engine:
         self._pool.free(stream.sequence.pages)
         if push is not None:
             reason = error or Unavailable("the request was cancelled while its KV was arriving")
-            self._say(push_failed=pb.DecodePushFailed(push=push, error=to_detail(reason)))
+            self._say(push_failed=pb.DecodePushFailed(push=push, error=error_detail(reason)))
         return True
 
     # Step.

@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from hma_serve.core.error_detail import from_error_detail
 from hma_serve.core.errors import HmaError, Internal, ResourceExhausted, Unavailable
-from hma_serve.decode.failures import from_detail
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import EngineProcess, LinkClosed, SlotPool
 
@@ -228,7 +228,7 @@ class EngineClient:
         finally:
             del self._calls[number]
         if result.HasField("error"):
-            raise from_detail(result.error)
+            raise from_error_detail(result.error)
         return result
 
     def _check_alive(self) -> None:
@@ -269,19 +269,19 @@ class EngineClient:
         elif kind == "ready":
             self._ready.set_result(event.ready)
         elif kind == "died":
-            self._die(from_detail(event.died.error))
+            self._die(from_error_detail(event.died.error))
 
     def _to_stream(self, event: pb.DecodeEngineEvent) -> None:
         if event.HasField("admitted"):
             if (stream := self._streams.get(event.admitted.stream)) is not None:
                 stream.take_admitted(event.admitted)
         elif (stream := self._streams.get(event.failed.stream)) is not None:
-            stream.fail(from_detail(event.failed.error))
+            stream.fail(from_error_detail(event.failed.error))
 
     def _to_push(self, event: pb.DecodeEngineEvent) -> None:
         if event.HasField("push_failed"):
             if (push := self._pushes.get(event.push_failed.push)) is not None:
-                push.fail(from_detail(event.push_failed.error))
+                push.fail(from_error_detail(event.push_failed.error))
         elif event.HasField("attached"):
             if (push := self._pushes.get(event.attached.push)) is not None:
                 push.attached.set()

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from hma_serve.checkpoint import read_eos_token_ids, read_model_config
+from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError, Internal
 from hma_serve.decode.attention import TorchPagedAttention
 from hma_serve.decode.engine import Engine, EngineLimits
-from hma_serve.decode.failures import to_detail
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import TorchStepRunner
 from hma_serve.decode.scheduler import Scheduler
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except HmaError as exc:
         _log.error("%s", exc.message)
-        endpoint.link.send(pb.DecodeEngineEvent(died=pb.DecodeDied(error=to_detail(exc))))
+        endpoint.link.send(pb.DecodeEngineEvent(died=pb.DecodeDied(error=error_detail(exc))))
         return 1
     return 0
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError, Internal
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
@@ -24,7 +25,6 @@ from hma_serve.ipc import Arena
 from hma_serve.prefill.accelerators import Accelerator, KvStore, Segment
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.scheduler import Scheduler
-from hma_serve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -228,5 +228,4 @@ class Engine:
             _log.error("computing job %d failed", job.job_id, exc_info=exc)
             exc = Internal("the computation failed; the log of the prefill engine says more")
         job.failed, job.hidden, job.store = True, None, None
-        detail = common_pb2.ErrorDetail(code=exc.code, message=exc.message, field=exc.field)
-        self._emit(pb.PrefillEngineEvent(failed=pb.PrefillFailed(job=job.job_id, error=detail)))
+        self._emit(pb.PrefillEngineEvent(failed=pb.PrefillFailed(job=job.job_id, error=error_detail(exc))))

@@ -12,11 +12,11 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 
+from hma_serve.core.error_detail import from_error_detail
 from hma_serve.core.errors import HmaError, Internal, ResourceExhausted, Unavailable
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import EngineProcess, LinkClosed
 from hma_serve.prefill.guard import Guard
-from hma_serve.rpc import from_error_detail
 
 MAX_QUEUED_COMMANDS = 4096
 """Commands that may wait for an engine in the middle of a layer before new jobs are refused."""

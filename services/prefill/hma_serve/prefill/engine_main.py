@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hma_serve.checkpoint import read_model_config
+from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
@@ -25,7 +26,6 @@ from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import find_profile
 from hma_serve.prefill.scheduler import Scheduler
 from hma_serve.telemetry.logs import setup_logging
-from hma_serve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -98,8 +98,7 @@ def _serve(engine: Engine, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) ->
 def _report(error: HmaError, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> int:
     """Tells the front why the engine cannot go on; job 0 is none."""
     _log.error("%s", error.message)
-    detail = common_pb2.ErrorDetail(code=error.code, message=error.message, field=error.field)
-    endpoint.link.send(pb.PrefillEngineEvent(failed=pb.PrefillFailed(job=0, error=detail)))
+    endpoint.link.send(pb.PrefillEngineEvent(failed=pb.PrefillFailed(job=0, error=error_detail(error))))
     return 1
 
 
