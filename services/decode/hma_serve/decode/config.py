@@ -10,17 +10,17 @@ from pathlib import Path
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
+from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
-_ANY_ADDRESS = ("0.0.0.0", "[::]", "")
 _KV_SHARE_OF_MEMORY = 4
 _KV_BYTES_CAP = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """Everything that the command line decides.
+class DecodeConfig(PlaceConfig):
+    """Everything that the command line decides, the place of the worker included.
 
     Attributes:
         model: `demo`, a directory or a Hub id.
@@ -33,14 +33,6 @@ class DecodeConfig:
         kv_lease: Seconds that a request waits for its KV without a sign of life.
         stall_timeout: Seconds to wait for a KV stream's first frame, and for its producer to read responses.
         arena_slots: Shared buffers of 2 MiB that blocks pass through.
-        etcd: Registry; None: unregistered.
-        registry_ttl: Seconds after which a silent worker vanishes from the registry.
-        listen: host:port of gRPC; port 0 takes a free one.
-        advertise: host or host:port that others use; None: the bound address.
-        http_listen: host:port of /live, /ready and /metrics.
-        price_per_hour: US dollars for the whole instance; 0: not stated.
-        drain_grace: Seconds that running requests get after SIGTERM.
-        log_format: `human` or `json`.
     """
 
     model: str
@@ -53,14 +45,6 @@ class DecodeConfig:
     kv_lease: float
     stall_timeout: float
     arena_slots: int
-    etcd: str | None
-    registry_ttl: float
-    listen: str
-    advertise: str | None
-    http_listen: str
-    price_per_hour: float
-    drain_grace: float
-    log_format: str
 
     def __post_init__(self) -> None:
         least = {
@@ -72,13 +56,8 @@ class DecodeConfig:
             "--kv-lease": (self.kv_lease, 0.1),
             "--stall-timeout": (self.stall_timeout, 0.1),
             "--arena-slots": (self.arena_slots, 2),
-            "--registry-ttl": (self.registry_ttl, 2),
-            "--price-per-hour": (self.price_per_hour, 0),
-            "--drain-grace": (self.drain_grace, 0),
         }
-        for flag, (value, minimum) in least.items():
-            if value is not None and not value >= minimum:
-                raise InvalidArgument(f"{flag} must be at least {minimum}, not {value}", field=flag)
+        require_at_least(least | self.least_of_place)
 
     def capacity_tokens(self, model: ModelConfig, max_model_len: int) -> int:
         """Unquantised tokens of KV to make room for.
@@ -100,24 +79,6 @@ class DecodeConfig:
                 field="--kv-capacity-tokens",
             )
         return tokens
-
-    def advertised(self, bound: str) -> str:
-        """The address that others use, given the bound one.
-
-        Raises:
-            InvalidArgument: Every interface is bound and `--advertise` does not say which one to name.
-        """
-        host, _, port = bound.rpartition(":")
-        if self.advertise is None:
-            if host in _ANY_ADDRESS and self.etcd is not None:
-                raise InvalidArgument(
-                    f"nobody can connect to {bound}: say with --advertise under which host name this worker is found",
-                    field="--advertise",
-                )
-            return bound
-        named = self.advertise
-        has_port = named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
-        return named if has_port else f"{named}:{port}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,27 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stall-timeout", type=float, default=30.0, metavar="SECONDS", help="for a KV stream's first frame and reads"
     )
     work.add_argument("--arena-slots", type=int, default=16, help="buffers of 2 MiB that KV passes through")
-    place = parser.add_argument_group("place")
-    place.add_argument(
-        "--etcd",
-        default=os.environ.get("ETCD_ENDPOINTS", "none"),
-        metavar="URL[,URL]|none",
-        help="the registry; none: do not register (environment: ETCD_ENDPOINTS)",
-    )
-    place.add_argument("--registry-ttl", type=float, default=10.0, metavar="SECONDS", help="lease in the registry")
-    place.add_argument("--listen", default="127.0.0.1:50071", metavar="HOST:PORT", help="gRPC; port 0: a free one")
-    place.add_argument("--advertise", metavar="HOST[:PORT]", help="where others find this worker; default: as bound")
-    place.add_argument(
-        "--http-listen",
-        default="127.0.0.1:0",
-        metavar="HOST:PORT",
-        help="/live, /ready, /metrics; port 0: a free one",
-    )
-    place.add_argument("--price-per-hour", type=float, default=0.0, metavar="USD", help="of this worker; 0: not stated")
-    place.add_argument(
-        "--drain-grace", type=float, default=60.0, metavar="SECONDS", help="for running requests after SIGTERM"
-    )
-    place.add_argument("--log-format", default="human", choices=["human", "json"], help="of the log on stderr")
+    add_place_arguments(parser, listen="127.0.0.1:50071")
     return parser
 
 
@@ -179,13 +120,8 @@ def config_of(args: argparse.Namespace) -> DecodeConfig:
     Raises:
         InvalidArgument: A value is out of range; names the flag.
     """
-    values = vars(args) | {"etcd": None if args.etcd in ("", "none") else args.etcd}
+    values = vars(args) | {"etcd": registry_of(args.etcd)}
     return DecodeConfig(**values)
-
-
-def default_threads() -> int:
-    """Half of the cores that this process may use, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def available_memory() -> int:

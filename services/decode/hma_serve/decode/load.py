@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.v1 import worker_pb2
+from hma_serve.worker import WatchedLoad
 
 
-class Load:
+class Load(WatchedLoad):
     """The gauges; confined to one event loop."""
 
     def __init__(self) -> None:
-        self.draining = False
+        super().__init__()
         self.streams = 0
         self.kv_capacity_tokens = 0
         self.engine = decode_engine_pb2.DecodeEngineLoad()
-        self._changed = asyncio.Event()
+
+    @property
+    def requests(self) -> int:
+        """Open calls of Generate."""
+        return self.streams
 
     def snapshot(self) -> worker_pb2.WorkerLoad:
         """The gauges now."""
         engine = self.engine
         return worker_pb2.WorkerLoad(
-            state=worker_pb2.WORKER_STATE_DRAINING if self.draining else worker_pb2.WORKER_STATE_READY,
+            state=self.state,
             running=engine.running,
             waiting=engine.waiting,
             kv_used_tokens=engine.kv_used_tokens,
@@ -40,20 +42,3 @@ class Load:
         """It is over."""
         self.streams -= 1
         self.notify()
-
-    def notify(self) -> None:
-        """Wakes everyone in `changed`."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def changed(self) -> None:
-        """Waits for the next change."""
-        await self._changed.wait()
-
-    async def wait_idle(self, seconds: float) -> bool:
-        """Waits until no call of Generate is open; False when that takes longer."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self.streams:
-                    await self.changed()
-        return not self.streams

@@ -10,39 +10,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from hma_serve.core.errors import HmaError
-from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole, mint_instance
+from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.decode.admission import Admission
 from hma_serve.decode.config import DecodeConfig, build_parser, config_of
-from hma_serve.decode.drain import Drain
 from hma_serve.decode.engine_client import EngineClient
 from hma_serve.decode.front import DecodeServicer
 from hma_serve.decode.load import Load
 from hma_serve.decode.receiver import SERVICE as KV_TRANSFER
 from hma_serve.decode.receiver import Receiver, ReceiverParts
 from hma_serve.decode.served_model import ServedModel, read_served_model
-from hma_serve.decode.worker_api import WorkerServicer
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.ipc import Arena, SlotPool, spawn_engine
 from hma_serve.kvblock import MAX_MESSAGE_BYTES
-from hma_serve.registry import Session, SessionStatus, open_store
 from hma_serve.rpc import GrpcServer, tune_allocator
-from hma_serve.telemetry.http import StatusServer
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import DecodeMetrics, decode_metrics
-from hma_serve.v1 import decode_pb2_grpc, worker_pb2_grpc
+from hma_serve.v1 import decode_pb2_grpc
+from hma_serve.worker import WorkerFront, run_worker
 
 __all__ = ["build_parser", "main"]
 
 ENGINE_MODULE = "hma_serve.decode.engine_main"
 SERVICES = ("hma_serve.v1.Decode", KV_TRANSFER, "hma_serve.v1.Worker")
-
-_STOP_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -56,39 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_of(build_parser().parse_args(argv))
     setup_logging("decode", config.log_format)
     tune_allocator()
-    asyncio.run(_run(config))
+    asyncio.run(run_worker(partial(_Worker, config)))
     return 0
-
-
-async def _run(config: DecodeConfig) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with contextlib.AsyncExitStack() as stack:
-        worker = _Worker(config, stack)
-        starting = asyncio.create_task(worker.start())
-        # Until it is ready, nothing was promised to anybody, so a signal ends the start at once.
-        await _first_of(starting, asyncio.create_task(stop.wait()))
-        if not starting.done():
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
-            return
-        engine_end = starting.result()
-        await _first_of(engine_end, asyncio.create_task(stop.wait()))
-        await worker.leave()
-        if engine_end.done():
-            raise engine_end.result()
-
-
-async def _first_of(
-    kept: asyncio.Task[asyncio.Task[HmaError]] | asyncio.Task[HmaError], dropped: asyncio.Task[bool]
-) -> None:
-    """Waits for either; the second one is over afterwards."""
-    try:
-        await asyncio.wait((kept, dropped), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        dropped.cancel()
 
 
 class _Worker:
@@ -97,18 +60,21 @@ class _Worker:
     def __init__(self, config: DecodeConfig, stack: contextlib.AsyncExitStack) -> None:
         self._config = config
         self._stack = stack
-        self._instance = mint_instance(WorkerRole.DECODE)
         self._load = Load()
         self._metrics = decode_metrics()
-        self._session: Session | None = None
-        self._drain: Drain | None = None
+        self._front = WorkerFront(
+            WorkerRole.DECODE,
+            config,
+            self._load,
+            stack,
+            starting="the model is loading",
+            show_registered=self._metrics.registered.set,
+        )
 
     async def start(self) -> asyncio.Task[HmaError]:
         """Returns when requests can come; the task ends when the engine does."""
         config, stack = self._config, self._stack
-        status = StatusServer(config.http_listen, self._not_ready)
-        http_address = await status.start()
-        stack.push_async_callback(status.stop)
+        http_address = await self._front.open_status_port()
         model = await asyncio.to_thread(read_served_model, config.model, config.max_model_len)
         arena = stack.enter_context(Arena.create(config.arena_slots, MAX_MESSAGE_BYTES))
         slots = SlotPool(config.arena_slots)
@@ -116,15 +82,11 @@ class _Worker:
         ready = await engine.ready()
         self._load.kv_capacity_tokens = ready.kv_capacity_tokens
         _show_load(self._metrics, self._load)
-        servicer, server, drain = await self._serve(model, engine, arena, slots)
-        bound = await server.start()
-        stack.push_async_callback(server.stop, _STOP_SECONDS)
-        info = self._info(model, config.advertised(bound), http_address, ready)
+        servicer, server = self._services(model, engine, arena, slots)
+        address = await self._front.listen(server, engine.fail_streams)
+        info = self._info(model, address, http_address, ready)
         servicer.push_address = info.address
-        if config.etcd is not None:
-            self._session = await stack.enter_async_context(self._registration(config.etcd, info))
-        drain.registered(info, self._session)
-        self._drain = drain
+        await self._front.register(info)
         _log.info(
             "serving %s in %s: gRPC %s, HTTP %s; KV for %d tokens in %.1f MiB",
             info.model.id,
@@ -138,13 +100,12 @@ class _Worker:
 
     async def leave(self) -> None:
         """Drains; the stack closes the rest."""
-        if self._drain is not None:
-            await self._drain.run(self._config.drain_grace)
+        await self._front.leave()
 
-    async def _serve(
+    def _services(
         self, model: ServedModel, engine: EngineClient, arena: Arena, slots: SlotPool
-    ) -> tuple[DecodeServicer, GrpcServer, Drain]:
-        """The three services on a server that does not listen yet."""
+    ) -> tuple[DecodeServicer, GrpcServer]:
+        """Decode and KvTransfer on a server that does not listen yet."""
         config = self._config
         server = GrpcServer("decode", config.listen, SERVICES)
         admission = Admission(model.max_model_len, model.config.vocab_size, model.acceptance)
@@ -152,19 +113,7 @@ class _Worker:
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server.server)
         parts = ReceiverParts(engine, arena, slots, model.acceptance, self._metrics, config.stall_timeout)
         Receiver(parts).add_to(server.server)
-        drain = Drain(self._load, engine, partial(server.set_serving, serving=False))
-        worker_api = WorkerServicer(drain, self._load, default_grace=config.drain_grace)
-        worker_pb2_grpc.add_WorkerServicer_to_server(worker_api, server.server)
-        return servicer, server, drain
-
-    def _not_ready(self) -> str | None:
-        if self._drain is None:
-            return "the model is loading"
-        if self._load.draining:
-            return "draining"
-        if self._session is not None and not self._session.status.routable:
-            return f"not in the registry ({self._session.status.state})"
-        return None
+        return servicer, server
 
     @contextlib.asynccontextmanager
     async def _engine(
@@ -197,25 +146,12 @@ class _Worker:
         self._load.engine = load
         self._load.notify()
 
-    @contextlib.asynccontextmanager
-    async def _registration(self, etcd: str, info: WorkerInfo) -> AsyncIterator[Session]:
-        store = open_store(etcd)
-
-        def show(status: SessionStatus) -> None:
-            self._metrics.registered.set(status.routable)
-
-        try:
-            async with Session(store, info, ttl=self._config.registry_ttl, on_status=show) as session:
-                yield session
-        finally:
-            await asyncio.to_thread(store.close)
-
     def _info(
         self, model: ServedModel, address: str, http_address: str, ready: decode_engine_pb2.DecodeReady
     ) -> WorkerInfo:
         config = self._config
         return WorkerInfo(
-            instance=self._instance,
+            instance=self._front.instance,
             role=WorkerRole.DECODE,
             address=address,
             model=model.info,

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.prefill.profiles import PROFILES
-
-_ANY_ADDRESS = ("0.0.0.0", "[::]", "")
+from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillConfig:
-    """Everything that the command line decides.
+class PrefillConfig(PlaceConfig):
+    """Everything that the command line decides, the place of the worker included.
 
     Attributes:
         model: `demo`, a directory or a Hub id.
@@ -30,15 +28,7 @@ class PrefillConfig:
         kv_capacity_tokens: Tokens whose KV may be held at once; None: the longest prompt times `max_running`.
         threads: Of the engine's arithmetic.
         stall_timeout: Seconds that decode may let one transfer wait for one thing.
-        etcd: Registry; None: unregistered.
-        registry_ttl: Seconds after which a silent worker vanishes from the registry.
-        listen: host:port of gRPC; port 0 takes a free one.
-        advertise: host or host:port that others use; None: the bound address.
-        http_listen: host:port of /live, /ready and /metrics.
-        price_per_hour: US dollars for the whole instance; 0: not stated.
-        drain_grace: Seconds that running requests get after SIGTERM.
         events: File for the record of the pipeline's order; None: off.
-        log_format: `human` or `json`.
     """
 
     model: str
@@ -52,15 +42,7 @@ class PrefillConfig:
     kv_capacity_tokens: int | None
     threads: int
     stall_timeout: float
-    etcd: str | None
-    registry_ttl: float
-    listen: str
-    advertise: str | None
-    http_listen: str
-    price_per_hour: float
-    drain_grace: float
     events: Path | None
-    log_format: str
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < GROUP_TOKENS or self.chunk_tokens % GROUP_TOKENS:
@@ -76,31 +58,8 @@ class PrefillConfig:
             "--kv-capacity-tokens": (self.kv_capacity_tokens, GROUP_TOKENS),
             "--threads": (self.threads, 1),
             "--stall-timeout": (self.stall_timeout, 0.1),
-            "--registry-ttl": (self.registry_ttl, 2),
-            "--price-per-hour": (self.price_per_hour, 0),
-            "--drain-grace": (self.drain_grace, 0),
         }
-        for flag, (value, minimum) in least.items():
-            if value is not None and not value >= minimum:
-                raise InvalidArgument(f"{flag} must be at least {minimum}, not {value}", field=flag)
-
-    def advertised(self, bound: str) -> str:
-        """The address that others use, given the bound one.
-
-        Raises:
-            InvalidArgument: Every interface is bound and `--advertise` does not say which one to name.
-        """
-        host, _, port = bound.rpartition(":")
-        if self.advertise is None:
-            if host in _ANY_ADDRESS and self.etcd is not None:
-                raise InvalidArgument(
-                    f"nobody can connect to {bound}: say with --advertise under which host name this worker is found",
-                    field="--advertise",
-                )
-            return bound
-        named = self.advertise
-        has_port = named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
-        return named if has_port else f"{named}:{port}"
+        require_at_least(least | self.least_of_place)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,50 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how long decode may let a transfer wait (default: %(default)s)",
     )
     work.add_argument("--events", type=Path, metavar="FILE", help="record when each layer was computed and left")
-    place = parser.add_argument_group("place")
-    place.add_argument(
-        "--etcd",
-        default=os.environ.get("ETCD_ENDPOINTS", "none"),
-        metavar="URL[,URL]|none",
-        help="the registry; none: do not register (environment: ETCD_ENDPOINTS)",
-    )
-    place.add_argument(
-        "--registry-ttl",
-        type=float,
-        default=10.0,
-        metavar="SECONDS",
-        help="lease in the registry (default: %(default)s)",
-    )
-    place.add_argument(
-        "--listen",
-        default="127.0.0.1:50061",
-        metavar="HOST:PORT",
-        help="gRPC; port 0: a free one (default: %(default)s)",
-    )
-    place.add_argument("--advertise", metavar="HOST[:PORT]", help="where others find this worker; default: as bound")
-    place.add_argument(
-        "--http-listen",
-        default="127.0.0.1:0",
-        metavar="HOST:PORT",
-        help="/live, /ready and /metrics; port 0: a free one (default: %(default)s)",
-    )
-    place.add_argument(
-        "--price-per-hour",
-        type=float,
-        default=0.0,
-        metavar="USD",
-        help="of this worker; 0: not stated (default: %(default)s)",
-    )
-    place.add_argument(
-        "--drain-grace",
-        type=float,
-        default=60.0,
-        metavar="SECONDS",
-        help="for running requests after SIGTERM (default: %(default)s)",
-    )
-    place.add_argument(
-        "--log-format", default="human", choices=["human", "json"], help="of the log on stderr (default: %(default)s)"
-    )
+    add_place_arguments(parser, listen="127.0.0.1:50061")
     return parser
 
 
@@ -209,10 +125,5 @@ def config_of(args: argparse.Namespace) -> PrefillConfig:
     Raises:
         InvalidArgument: A value is out of range; names the flag.
     """
-    values = vars(args) | {"etcd": None if args.etcd in ("", "none") else args.etcd}
+    values = vars(args) | {"etcd": registry_of(args.etcd)}
     return PrefillConfig(**values)
-
-
-def default_threads() -> int:
-    """Half of the cores that this process may use, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)

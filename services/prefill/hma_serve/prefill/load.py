@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Iterator
 
 from hma_serve.v1 import worker_pb2
+from hma_serve.worker import WatchedLoad
 
 _SMOOTHING = 0.2
 
 
-class Load:
+class Load(WatchedLoad):
     """Counts requests and tokens; confined to one event loop."""
 
     def __init__(self) -> None:
-        self.draining = False
+        super().__init__()
         self.running = 0
         self.waiting = 0
         self.queued_tokens = 0
         self.token_seconds = 0.0
-        self._changed = asyncio.Event()
 
     @property
     def requests(self) -> int:
@@ -46,33 +45,13 @@ class Load:
 
     def snapshot(self) -> worker_pb2.WorkerLoad:
         """The gauges now."""
-        state = worker_pb2.WORKER_STATE_DRAINING if self.draining else worker_pb2.WORKER_STATE_READY
         return worker_pb2.WorkerLoad(
-            state=state,
+            state=self.state,
             running=self.running,
             waiting=self.waiting,
             queued_tokens=self.queued_tokens,
             token_seconds=self.token_seconds,
         )
-
-    def notify(self) -> None:
-        """Wakes everyone in `changed`."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def changed(self) -> None:
-        """Waits for the next change."""
-        await self._changed.wait()
-
-    async def wait_idle(self, seconds: float) -> bool:
-        """Waits until no request is left, for at most `seconds`; whether that came true."""
-        try:
-            async with asyncio.timeout(seconds):
-                while self.requests:
-                    await self.changed()
-        except TimeoutError:
-            return False
-        return True
 
 
 class RequestLoad:

@@ -10,38 +10,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from hma_serve.core.errors import HmaError
-from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole, mint_instance
+from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
 from hma_serve.ipc import Arena, spawn_engine
 from hma_serve.prefill.admission import Admission
 from hma_serve.prefill.config import PrefillConfig, build_parser, config_of
-from hma_serve.prefill.drain import Drain
 from hma_serve.prefill.engine_client import EngineClient
 from hma_serve.prefill.events import LayerEvents
 from hma_serve.prefill.front import FrontParts, PrefillServicer
 from hma_serve.prefill.load import Load
 from hma_serve.prefill.served_model import ServedModel, read_served_model, software
 from hma_serve.prefill.streamer import Transfers
-from hma_serve.prefill.worker_api import WorkerServicer
-from hma_serve.registry import Session, SessionStatus, open_store
 from hma_serve.rpc import ChannelCache, GrpcServer, tune_allocator
-from hma_serve.telemetry.http import StatusServer
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import PrefillMetrics, prefill_metrics
-from hma_serve.v1 import kv_block_pb2, prefill_pb2_grpc, worker_pb2_grpc
+from hma_serve.v1 import kv_block_pb2, prefill_pb2_grpc
+from hma_serve.worker import WorkerFront, run_worker
 
 __all__ = ["build_parser", "main"]
 
 ENGINE_MODULE = "hma_serve.prefill.engine_main"
 SERVICES = ("hma_serve.v1.Prefill", "hma_serve.v1.Worker")
-
-_STOP_SECONDS = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -55,37 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_of(build_parser().parse_args(argv))
     setup_logging("prefill", config.log_format)
     tune_allocator()
-    asyncio.run(_run(config))
+    asyncio.run(run_worker(partial(_Worker, config)))
     return 0
-
-
-async def _run(config: PrefillConfig) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with contextlib.AsyncExitStack() as stack:
-        worker = _Worker(config, stack)
-        starting = asyncio.create_task(worker.start())
-        # Until it is ready, nothing was promised to anybody, so a signal ends the start at once.
-        await _first_of(starting, asyncio.create_task(stop.wait()))
-        if not starting.done():
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await starting
-            return
-        engine_end = starting.result()
-        await _first_of(engine_end, asyncio.create_task(stop.wait()))
-        await worker.leave()
-        if engine_end.done():
-            raise engine_end.result()
-
-
-async def _first_of(kept: asyncio.Task[object] | asyncio.Task[HmaError], dropped: asyncio.Task[bool]) -> None:
-    """Waits for either; the second one is over afterwards."""
-    try:
-        await asyncio.wait((kept, dropped), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        dropped.cancel()
 
 
 class _Worker:
@@ -94,19 +59,22 @@ class _Worker:
     def __init__(self, config: PrefillConfig, stack: contextlib.AsyncExitStack) -> None:
         self._config = config
         self._stack = stack
-        self._instance = mint_instance(WorkerRole.PREFILL)
         self._load = Load()
         self._metrics = prefill_metrics()
-        self._session: Session | None = None
-        self._drain: Drain | None = None
+        self._front = WorkerFront(
+            WorkerRole.PREFILL,
+            config,
+            self._load,
+            stack,
+            starting="starting",
+            show_registered=self._metrics.registered.set,
+        )
 
     async def start(self) -> asyncio.Task[HmaError]:
         """Returns when requests can come; the task ends when the engine does."""
         config, stack = self._config, self._stack
         _show_load(self._metrics, self._load)
-        status = StatusServer(config.http_listen, self._not_ready)
-        http_address = await status.start()
-        stack.push_async_callback(status.stop)
+        http_address = await self._front.open_status_port()
         model = await asyncio.to_thread(read_served_model, config)
         arena = stack.enter_context(_arena(config, model))
         engine, engine_end = await stack.enter_async_context(_engine(config, model, arena))
@@ -114,7 +82,7 @@ class _Worker:
         transfers = await stack.enter_async_context(self._transfers(model, arena, ready.device))
         servicer = PrefillServicer(
             FrontParts(
-                instance=self._instance,
+                instance=self._front.instance,
                 admission=_admission(config, model),
                 load=self._load,
                 engine=engine,
@@ -124,38 +92,21 @@ class _Worker:
             )
         )
         server = GrpcServer("prefill", config.listen, SERVICES)
-        drain = Drain(self._load, servicer, partial(server.set_serving, serving=False))
         prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, server.server)
-        worker_api = WorkerServicer(drain, self._load, default_grace=config.drain_grace)
-        worker_pb2_grpc.add_WorkerServicer_to_server(worker_api, server.server)
-        bound = await server.start()
-        stack.push_async_callback(server.stop, _STOP_SECONDS)
-        info = self._info(model, config.advertised(bound), http_address, ready.device)
-        if config.etcd is not None:
-            self._session = await stack.enter_async_context(self._registration(config.etcd, info))
-        drain.registered(info, self._session)
-        self._drain = drain
+        address = await self._front.listen(server, servicer.fail_all)
+        info = self._info(model, address, http_address, ready.device)
+        await self._front.register(info)
         _log.info("serving %s as %s: gRPC %s, HTTP %s", info.model.id, info.profile, info.address, http_address)
         return engine_end
 
     async def leave(self) -> None:
         """Drains."""
-        if self._drain is not None:
-            result = await self._drain.run(self._config.drain_grace)
-            _log.info("drained: %d requests finished, %d cancelled", result.finished, result.cancelled)
-
-    def _not_ready(self) -> str | None:
-        if self._drain is None:
-            return "starting"
-        if self._load.draining:
-            return "draining"
-        if self._session is not None and not self._session.status.routable:
-            return f"not in the registry ({self._session.status.state})"
-        return None
+        result = await self._front.leave()
+        _log.info("drained: %d requests finished, %d cancelled", result.finished, result.cancelled)
 
     @contextlib.asynccontextmanager
     async def _transfers(self, model: ServedModel, arena: Arena, device: str) -> AsyncIterator[Transfers]:
-        producer = kv_block_pb2.KvProducer(instance=self._instance, device=device, software=software())
+        producer = kv_block_pb2.KvProducer(instance=self._front.instance, device=device, software=software())
         channels = ChannelCache()
         try:
             yield Transfers(
@@ -168,24 +119,10 @@ class _Worker:
         finally:
             await channels.close()
 
-    @contextlib.asynccontextmanager
-    async def _registration(self, etcd: str, info: WorkerInfo) -> AsyncIterator[Session]:
-        store = open_store(etcd)
-        metrics = self._metrics
-
-        def show(status: SessionStatus) -> None:
-            metrics.registered.set(status.routable)
-
-        try:
-            async with Session(store, info, ttl=self._config.registry_ttl, on_status=show) as session:
-                yield session
-        finally:
-            await asyncio.to_thread(store.close)
-
     def _info(self, model: ServedModel, address: str, http_address: str, device: str) -> WorkerInfo:
         config = self._config
         return WorkerInfo(
-            instance=self._instance,
+            instance=self._front.instance,
             role=WorkerRole.PREFILL,
             address=address,
             model=model.info,

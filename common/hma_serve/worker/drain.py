@@ -1,7 +1,7 @@
 """Leaving without dropping anything: refuse what is new, finish what runs, then vanish from the registry.
 
 The registration stays until the last request is done, marked as draining, so that routers see a worker that leaves and
-not one that died.
+not one that died. A decode worker goes on receiving KV of requests that hold a ticket meanwhile.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from hma_serve.core.errors import Unavailable
-from hma_serve.core.worker import WorkerInfo, WorkerState
-from hma_serve.prefill.front import PrefillServicer
-from hma_serve.prefill.load import Load
+from hma_serve.core.errors import HmaError, Unavailable
+from hma_serve.core.worker import WorkerInfo, WorkerRole, WorkerState
 from hma_serve.registry import Session
+from hma_serve.worker.load import WatchedLoad
 
 # A request that was failed needs a moment to unwind.
 _UNWIND_SECONDS = 5.0
@@ -32,15 +31,24 @@ class Drain:
     """Drains once, however often it is asked to.
 
     Args:
+        role: Of the worker, for messages.
         load: The instance's gauges.
-        servicer: Holds its requests.
-        stop_serving: Makes its server report that it is not serving.
+        fail_requests: Ends every request with an error; returns how many there were.
+        set_not_serving: Makes its server report that it is not serving.
     """
 
-    def __init__(self, load: Load, servicer: PrefillServicer, stop_serving: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        role: WorkerRole,
+        load: WatchedLoad,
+        *,
+        fail_requests: Callable[[HmaError], int],
+        set_not_serving: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._role = role
         self._load = load
-        self._servicer = servicer
-        self._stop_serving = stop_serving
+        self._fail_requests = fail_requests
+        self._set_not_serving = set_not_serving
         self._info: WorkerInfo | None = None
         self._session: Session | None = None
         self._task: asyncio.Task[DrainResult] | None = None
@@ -59,7 +67,7 @@ class Drain:
         """
         found = self._info if self._session is None else self._session.info
         if found is None:
-            raise Unavailable("this prefill worker is starting")
+            raise Unavailable(f"this {self._role} worker is starting")
         return replace(found, state=WorkerState.DRAINING) if self._load.draining else found
 
     def registered(self, info: WorkerInfo, session: Session | None) -> None:
@@ -76,12 +84,12 @@ class Drain:
         load, session = self._load, self._session
         load.draining = True
         load.notify()
-        await self._stop_serving()
+        await self._set_not_serving()
         if session is not None:
             session.update(self.info)
         before, cancelled = load.requests, 0
         if not await load.wait_idle(grace):
-            cancelled = self._servicer.fail_all(Unavailable("this prefill worker was told to leave"))
+            cancelled = self._fail_requests(Unavailable(f"this {self._role} worker was told to leave"))
             await load.wait_idle(_UNWIND_SECONDS)
         if session is not None:
             await session.aclose()

@@ -1,4 +1,4 @@
-"""The Worker service of a prefill instance: who it is, how busy it is, and the order to leave."""
+"""The Worker service of an instance: who it is, how busy it is, and the order to leave."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 
 import grpc.aio
 
-from hma_serve.prefill.drain import Drain
-from hma_serve.prefill.load import Load
 from hma_serve.v1 import worker_pb2, worker_pb2_grpc
+from hma_serve.worker.drain import Drain
+from hma_serve.worker.load import WatchedLoad
 
 _SHORTEST_INTERVAL = 0.1
 _LONGEST_INTERVAL = 30.0
@@ -29,7 +29,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         default_grace: Seconds for a drain that names none.
     """
 
-    def __init__(self, drain: Drain, load: Load, *, default_grace: float) -> None:
+    def __init__(self, drain: Drain, load: WatchedLoad, *, default_grace: float) -> None:
         self._drain = drain
         self._load = load
         self._default_grace = default_grace

@@ -1,0 +1,27 @@
+"""What the fronts of all workers share: from the command line's place to the last drained request.
+
+A service brings its own RPCs, its engine and its gauges; registration, readiness, draining, `hma_serve.v1.Worker` and
+the order in which a process begins and ends are here, once.
+"""
+
+from hma_serve.worker.drain import Drain, DrainResult
+from hma_serve.worker.front import WorkerFront
+from hma_serve.worker.lifecycle import Worker, run_worker
+from hma_serve.worker.load import WatchedLoad
+from hma_serve.worker.place import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
+from hma_serve.worker.servicer import WorkerServicer
+
+__all__ = [
+    "Drain",
+    "DrainResult",
+    "PlaceConfig",
+    "WatchedLoad",
+    "Worker",
+    "WorkerFront",
+    "WorkerServicer",
+    "add_place_arguments",
+    "default_threads",
+    "registry_of",
+    "require_at_least",
+    "run_worker",
+]

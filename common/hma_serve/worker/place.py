@@ -1,0 +1,138 @@
+"""Where a worker listens and registers, and what it costs: the part of the command line that all roles share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hma_serve.core.errors import InvalidArgument
+
+_ANY_ADDRESS = ("0.0.0.0", "[::]", "")
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceConfig:
+    """What the command line decides about the place of a worker.
+
+    Attributes:
+        etcd: Registry; None: unregistered.
+        registry_ttl: Seconds after which a silent worker vanishes from the registry.
+        listen: host:port of gRPC; port 0 takes a free one.
+        advertise: host or host:port that others use; None: the bound address.
+        http_listen: host:port of /live, /ready and /metrics.
+        price_per_hour: US dollars for the whole instance; 0: not stated.
+        drain_grace: Seconds that running requests get after SIGTERM.
+        log_format: `human` or `json`.
+    """
+
+    etcd: str | None
+    registry_ttl: float
+    listen: str
+    advertise: str | None
+    http_listen: str
+    price_per_hour: float
+    drain_grace: float
+    log_format: str
+
+    @property
+    def least_of_place(self) -> dict[str, tuple[float | None, float]]:
+        """Its numbers with their minima, as `require_at_least` takes them."""
+        return {
+            "--registry-ttl": (self.registry_ttl, 2),
+            "--price-per-hour": (self.price_per_hour, 0),
+            "--drain-grace": (self.drain_grace, 0),
+        }
+
+    def advertised(self, bound: str) -> str:
+        """The address that others use, given the bound one.
+
+        Raises:
+            InvalidArgument: Every interface is bound and `--advertise` does not say which one to name.
+        """
+        host, _, port = bound.rpartition(":")
+        if self.advertise is None:
+            if host in _ANY_ADDRESS and self.etcd is not None:
+                raise InvalidArgument(
+                    f"nobody can connect to {bound}: say with --advertise under which host name this worker is found",
+                    field="--advertise",
+                )
+            return bound
+        named = self.advertise
+        has_port = named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
+        return named if has_port else f"{named}:{port}"
+
+
+def require_at_least(least: Mapping[str, tuple[float | None, float]]) -> None:
+    """Checks numbers from the command line.
+
+    Args:
+        least: For each flag its value and the smallest good one; None was not given and is good.
+
+    Raises:
+        InvalidArgument: One of them is smaller, or not a number; names the flag.
+    """
+    for flag, (value, minimum) in least.items():
+        if value is not None and not value >= minimum:
+            raise InvalidArgument(f"{flag} must be at least {minimum}, not {value}", field=flag)
+
+
+def add_place_arguments(parser: argparse.ArgumentParser, *, listen: str) -> None:
+    """Adds the flags of `PlaceConfig`.
+
+    Args:
+        parser: Of a service's whole command line.
+        listen: Default of `--listen`.
+    """
+    place = parser.add_argument_group("place")
+    place.add_argument(
+        "--etcd",
+        default=os.environ.get("ETCD_ENDPOINTS", "none"),
+        metavar="URL[,URL]|none",
+        help="the registry; none: do not register (environment: ETCD_ENDPOINTS)",
+    )
+    place.add_argument(
+        "--registry-ttl",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="lease in the registry (default: %(default)s)",
+    )
+    place.add_argument(
+        "--listen", default=listen, metavar="HOST:PORT", help="gRPC; port 0: a free one (default: %(default)s)"
+    )
+    place.add_argument("--advertise", metavar="HOST[:PORT]", help="where others find this worker; default: as bound")
+    place.add_argument(
+        "--http-listen",
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="/live, /ready and /metrics; port 0: a free one (default: %(default)s)",
+    )
+    place.add_argument(
+        "--price-per-hour",
+        type=float,
+        default=0.0,
+        metavar="USD",
+        help="of this worker; 0: not stated (default: %(default)s)",
+    )
+    place.add_argument(
+        "--drain-grace",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for running requests after SIGTERM (default: %(default)s)",
+    )
+    place.add_argument(
+        "--log-format", default="human", choices=["human", "json"], help="of the log on stderr (default: %(default)s)"
+    )
+
+
+def registry_of(text: str) -> str | None:
+    """The value of `--etcd`, None where it says that there is none."""
+    return None if text in ("", "none") else text
+
+
+def default_threads() -> int:
+    """Half of the cores that this process may use, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
