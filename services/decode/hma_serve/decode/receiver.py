@@ -151,6 +151,8 @@ class _Responses:
             if self._last is not None:
                 await self._written(self._last)
             self._last = asyncio.ensure_future(self._context.write(response))
+            # Its failure is ours while we wait, and nobody's news once the stream has ended.
+            self._last.add_done_callback(lambda write: write.cancelled() or write.exception())
             await self._written(self._last)
 
     async def _written(self, write: asyncio.Future[None]) -> None:
