@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import httpx
 
 from bench.figures import Figure, figure, ratios
 from hma_serve.checkpoint import resolve_checkpoint
+from hma_serve.cli.up import free_port
 
 PROMPT = "The whale rose from the sea and the captain cried out to his men. " * 8
 NEW_TOKENS = 128
@@ -29,16 +29,10 @@ STREAMS = 16
 REPEATS = 5
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def cluster(*arguments: str) -> Iterator[str]:
     """A running cluster's URL."""
-    port = free_port()
+    port = free_port("127.0.0.1")
     with tempfile.TemporaryDirectory() as directory:
         process = subprocess.Popen(
             [

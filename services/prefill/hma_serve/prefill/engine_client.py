@@ -78,11 +78,6 @@ class EngineClient:
         self._discarded_layers = 0
 
     @property
-    def open_jobs(self) -> int:
-        """Jobs that were submitted and not closed."""
-        return len(self._jobs)
-
-    @property
     def discarded_layers(self) -> int:
         """Layers that came when their job was closed already: what cancellations cost."""
         return self._discarded_layers

@@ -46,10 +46,6 @@ class KvLayout:
         """Bytes of one layer's keys and values for whole groups of tokens, all heads unless `heads` says otherwise."""
         return tokens // GROUP_TOKENS * (self.heads if heads is None else heads) * sum(self.group_bytes)
 
-    def total_bytes(self, tokens: int) -> int:
-        """Bytes of all layers: what one request's cache takes, and what a whole transfer carries."""
-        return self.layers * self.layer_bytes(tokens)
-
     def views(self, slot: memoryview, tokens: int, heads: int) -> Sequence[NDArray[np.uint8]]:
         """The two parts of a slot as arrays [heads, groups, group bytes], in the order of `ROLES`; no copy."""
         groups = tokens // GROUP_TOKENS

@@ -65,11 +65,6 @@ class PushStream:
         """Payload bytes handed to the transport."""
         return self._sent_bytes
 
-    @property
-    def acked_blocks(self) -> int:
-        """Blocks that the receiver says are in their pages."""
-        return self._acked_blocks
-
     async def __aenter__(self) -> Self:
         # The call's own deadline travels with it, so decode knows when we shall have given up.
         method = self._channel.stream_stream(
