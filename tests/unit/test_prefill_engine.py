@@ -18,7 +18,7 @@ from hma_serve.core.errors import FailedPrecondition, Internal, InvalidArgument
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import Arena
 from hma_serve.prefill import accelerators as accelerators_module
-from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, Segment, open_accelerator
+from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, KvStore, Segment, open_accelerator
 from hma_serve.prefill.accelerators import cpu as cpu_module
 from hma_serve.prefill.engine import Engine, Job
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
@@ -197,6 +197,36 @@ def test_heads_can_be_read_in_ranges(accelerators: dict[str, Accelerator], check
     store.copy_out(0, ROLES[0], slice(1, 2), slice(1, 2), part)
     np.testing.assert_array_equal(part, whole[1:, 1:])
     assert whole.any()
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+def test_computation_goes_on_from_packed_bytes_that_were_put_back(
+    accelerators: dict[str, Accelerator], checkpoint: Path, profile: str
+) -> None:
+    accelerator, ids = accelerators[profile], prompt(96)
+    layout = KvLayout.of(read_model_config(checkpoint), PROFILES[profile])
+    whole, resumed = accelerator.new_store(96), accelerator.new_store(96)
+
+    def part(groups: slice, role: int) -> Packed:
+        return np.empty((KV_HEADS, groups.stop - groups.start, layout.group_bytes[ROLES.index(role)]), np.uint8)
+
+    def rows(store: KvStore, start: int, tokens: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return accelerator.run_layer(layer, hidden, [Segment(start, tokens, store)])
+
+    hidden, tail = accelerator.embed(ids), accelerator.embed(ids[64:])
+    for layer in range(LAYERS):
+        hidden = rows(whole, 0, 96, layer, hidden)
+        for role in ROLES:
+            prefix = part(slice(0, 2), role)
+            whole.copy_out(layer, role, slice(0, KV_HEADS), slice(0, 2), prefix)
+            resumed.copy_in(layer, role, slice(0, KV_HEADS), slice(0, 2), prefix)
+            prefix.fill(0)
+        tail = rows(resumed, 64, 32, layer, tail)
+        for role in ROLES:
+            pair = part(slice(0, 3), role), part(slice(0, 3), role)
+            for store, out in zip((whole, resumed), pair, strict=True):
+                store.copy_out(layer, role, slice(0, KV_HEADS), slice(0, 3), out)
+            np.testing.assert_array_equal(*pair)
 
 
 def test_attention_reads_keys_and_values_as_the_codec_stores_them(

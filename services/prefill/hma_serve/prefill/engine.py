@@ -213,7 +213,9 @@ class Engine:
         groups = slice(start // GROUP_TOKENS, (start + tokens) // GROUP_TOKENS)
         views = self._layout.views(memory, tokens, self._layout.heads)
         for role, view in zip(ROLES, views, strict=True):
-            store.copy_out(layer, role, slice(0, self._layout.heads), groups, view)
+            copy = store.copy_out(layer, role, slice(0, self._layout.heads), groups, view)
+            if copy is not None:
+                copy.wait()
 
     def _advance(self, job: Job, hidden: torch.Tensor, tokens: int) -> None:
         job.layer += 1

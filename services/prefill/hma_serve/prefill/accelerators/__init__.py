@@ -26,14 +26,40 @@ from hma_serve.prefill.profiles import Profile
 ENTRY_POINTS = "hma_serve.accelerators"
 
 
+class Copy(Protocol):
+    """A copy from the device to host memory that may still be under way."""
+
+    def done(self) -> bool:
+        """Whether the bytes are there; never waits."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when the bytes are there."""
+        ...
+
+
 class KvStore(Protocol):
     """The packed KV of one request, on the accelerator or in its host's memory.
 
-    Dropping the last reference frees it.
+    Dropping the last reference frees it, once copies that were begun are done.
     """
 
-    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> None:
-        """Copies native bytes into `out` [heads, groups, group bytes]; the layer has been computed for these groups."""
+    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> Copy | None:
+        """Copies native bytes into `out` [heads, groups, group bytes]; `run_layer` was called for these groups.
+
+        A device with a queue of its own only begins here: behind the layer's computation and beside the next one's, on
+        a stream of its own. The caller leaves `out` alone until the copy is done.
+
+        Returns:
+            The copy under way; None when the bytes are there already.
+        """
+        ...
+
+    def copy_in(self, layer: int, role: int, heads: slice, groups: slice, packed: NDArray[np.uint8]) -> None:
+        """Takes over native bytes [heads, groups, group bytes] that `copy_out` once gave for the same tokens.
+
+        `packed` may change when this returns; what `run_layer` attends to from then on includes these groups.
+        """
         ...
 
 
@@ -62,6 +88,10 @@ class Accelerator(Protocol):
     @property
     def device(self) -> str:
         """Name of the hardware, for people."""
+        ...
+
+    def pin(self, memory: memoryview) -> None:
+        """Makes host memory, which stays mapped as long as the accelerator lives, fast to copy to and from."""
         ...
 
     def new_store(self, tokens: int) -> KvStore:

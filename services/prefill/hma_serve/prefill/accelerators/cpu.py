@@ -55,6 +55,10 @@ class HostKv:
         """See `KvStore`."""
         np.copyto(out, self._packed[role][layer, heads, groups].numpy())
 
+    def copy_in(self, layer: int, role: int, heads: slice, groups: slice, packed: NDArray[np.uint8]) -> None:
+        """See `KvStore`."""
+        np.copyto(self._packed[role][layer, heads, groups].numpy(), packed)
+
 
 class CpuAccelerator:
     """See `hma_serve.prefill.accelerators.Accelerator`."""
@@ -74,6 +78,9 @@ class CpuAccelerator:
     def model(self) -> ModelConfig:
         """The model it holds."""
         return self._model.config
+
+    def pin(self, memory: memoryview) -> None:
+        """See `Accelerator`: host memory is its own."""
 
     def new_store(self, tokens: int) -> KvStore:
         """See `Accelerator`."""
