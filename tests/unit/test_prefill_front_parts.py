@@ -181,3 +181,22 @@ def test_an_address_that_nobody_can_use_is_not_registered() -> None:
     with pytest.raises(InvalidArgument, match="--advertise"):
         config("--etcd", "http://a:2379").advertised("0.0.0.0:7")
     assert config("--etcd", "none").advertised("0.0.0.0:7") == "0.0.0.0:7"
+
+
+async def test_chunks_and_transfers_calibrate_what_the_queue_is_said_to_take() -> None:
+    load = Load()
+    load.expect(chunk_tokens=64, bytes_per_token=100, layers=4)
+    with load.request(192) as request:
+        request.started()
+        request.skipped(64)
+        assert (request.before, load.queued_tokens) == (64, 128)
+        for _ in range(2):
+            request.computed(64, 0.5)
+        request.transferred(12_800, sending=0.1, computing=1.0, exposed=0.2)
+    with load.request(64):
+        said = load.snapshot()
+    assert said.cost.measurements == 1
+    assert said.queue_seconds == pytest.approx(load.steps.cost.prompt(64)) > 0
+    assert said.transfer.bytes_per_second == pytest.approx(128_000)
+    assert 0 < said.transfer.handoff_seconds < 0.2
+    assert load.queue_seconds == 0.0

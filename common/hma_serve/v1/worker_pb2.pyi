@@ -314,6 +314,11 @@ class WorkerLoad(_message.Message):
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_FREE_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     state: Global___WorkerState.ValueType
     running: _builtins.int
     waiting: _builtins.int
@@ -325,6 +330,18 @@ class WorkerLoad(_message.Message):
     step_seconds: _builtins.float
     """Running mean of the last steps (decode) or of a token's computation (prefill), seconds."""
     token_seconds: _builtins.float
+    queue_seconds: _builtins.float
+    """Prefill: seconds until what it holds is computed, as its own cost model sees it."""
+    context_tokens: _builtins.int
+    """Decode: tokens of context over the requests of the batch, which every step reads."""
+    kv_free_tokens: _builtins.int
+    """Decode: tokens of KV that are free."""
+    @_builtins.property
+    def cost(self) -> Global___CostModel: ...
+    @_builtins.property
+    def transfer(self) -> Global___TransferModel:
+        """Prefill."""
+
     def __init__(
         self,
         *,
@@ -336,14 +353,92 @@ class WorkerLoad(_message.Message):
         kv_capacity_tokens: _builtins.int = ...,
         step_seconds: _builtins.float = ...,
         token_seconds: _builtins.float = ...,
+        queue_seconds: _builtins.float = ...,
+        context_tokens: _builtins.int = ...,
+        kv_free_tokens: _builtins.int = ...,
+        cost: Global___CostModel | None = ...,
+        transfer: Global___TransferModel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "queued_tokens", b"queued_tokens", "running", b"running", "state", b"state", "step_seconds", b"step_seconds", "token_seconds", b"token_seconds", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_used_tokens", b"kv_used_tokens", "queue_seconds", b"queue_seconds", "queued_tokens", b"queued_tokens", "running", b"running", "state", b"state", "step_seconds", b"step_seconds", "token_seconds", b"token_seconds", "transfer", b"transfer", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerLoad: _TypeAlias = WorkerLoad  # noqa: Y015
+
+@_typing.final
+class CostModel(_message.Message):
+    """What a step of this worker takes, fitted to its own latest steps: a chunk of a prompt on prefill, a batch on decode.
+    seconds = fixed + token * (tokens computed) + context * (tokens of context read by requests that compute one token)
+            + pair * (pairs of a computed prompt token and a token that it attends to)
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIXED_SECONDS_FIELD_NUMBER: _builtins.int
+    TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_SECONDS_FIELD_NUMBER: _builtins.int
+    PAIR_SECONDS_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    MEASUREMENTS_FIELD_NUMBER: _builtins.int
+    fixed_seconds: _builtins.float
+    token_seconds: _builtins.float
+    context_seconds: _builtins.float
+    pair_seconds: _builtins.float
+    step_tokens: _builtins.int
+    """Prompt tokens that one step computes at most."""
+    measurements: _builtins.int
+    """Steps measured so far. 0: the model says nothing yet."""
+    def __init__(
+        self,
+        *,
+        fixed_seconds: _builtins.float = ...,
+        token_seconds: _builtins.float = ...,
+        context_seconds: _builtins.float = ...,
+        pair_seconds: _builtins.float = ...,
+        step_tokens: _builtins.int = ...,
+        measurements: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_seconds", b"context_seconds", "fixed_seconds", b"fixed_seconds", "measurements", b"measurements", "pair_seconds", b"pair_seconds", "step_tokens", b"step_tokens", "token_seconds", b"token_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CostModel: _TypeAlias = CostModel  # noqa: Y015
+
+@_typing.final
+class TransferModel(_message.Message):
+    """What KV costs on its way to decode, measured on this worker's own transfers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    HANDOFF_SECONDS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    bytes_per_token: _builtins.int
+    bytes_per_second: _builtins.float
+    """What a transfer reaches while it has something to send. 0: nothing was measured yet."""
+    handoff_seconds: _builtins.float
+    """From the last layer's computation until decode has committed, when nothing else was left to send."""
+    layers: _builtins.int
+    def __init__(
+        self,
+        *,
+        bytes_per_token: _builtins.int = ...,
+        bytes_per_second: _builtins.float = ...,
+        handoff_seconds: _builtins.float = ...,
+        layers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "bytes_per_token", b"bytes_per_token", "handoff_seconds", b"handoff_seconds", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferModel: _TypeAlias = TransferModel  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

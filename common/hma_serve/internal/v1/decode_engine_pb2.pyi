@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from hma_serve.v1 import common_pb2 as _common_pb2
 from hma_serve.v1 import decode_pb2 as _decode_pb2
 from hma_serve.v1 import kv_block_pb2 as _kv_block_pb2
+from hma_serve.v1 import worker_pb2 as _worker_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -656,6 +657,8 @@ class DecodeEngineLoad(_message.Message):
     KV_USED_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """In the batch."""
     waiting: _builtins.int
@@ -664,6 +667,10 @@ class DecodeEngineLoad(_message.Message):
     step_seconds: _builtins.float
     """Running mean."""
     steps: _builtins.int
+    context_tokens: _builtins.int
+    """Of the batch."""
+    @_builtins.property
+    def cost(self) -> _worker_pb2.CostModel: ...
     def __init__(
         self,
         *,
@@ -672,10 +679,12 @@ class DecodeEngineLoad(_message.Message):
         kv_used_tokens: _builtins.int = ...,
         step_seconds: _builtins.float = ...,
         steps: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+        cost: _worker_pb2.CostModel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_used_tokens", b"kv_used_tokens", "running", b"running", "step_seconds", b"step_seconds", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "kv_used_tokens", b"kv_used_tokens", "running", b"running", "step_seconds", b"step_seconds", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,7 @@ from hma_serve.decode.runner import StepRunner
 from hma_serve.decode.sampler import Drawn, sample
 from hma_serve.decode.scheduler import Scheduler, Share
 from hma_serve.decode.sequence import Ending, Sequence
+from hma_serve.decode.step_meter import StepMeter, Work
 from hma_serve.decode.tickets import Ticket, TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import Arena
@@ -44,7 +45,6 @@ from hma_serve.v1 import common_pb2, decode_pb2, kv_block_pb2
 _log = logging.getLogger(__name__)
 
 _LOAD_INTERVAL = 0.25
-_SMOOTHING = 0.1
 _RETRY_AFTER = 0.2
 # Steps in a row that may fail before the engine gives up.
 _FAILED_STEPS = 10
@@ -118,8 +118,7 @@ class Engine:
         self._mint_seed = mint_seed
         self._streams: dict[int, _Stream] = {}
         self._outbox: list[pb.DecodeEngineEvent] = []
-        self._steps = 0
-        self._step_seconds = 0.0
+        self._meter = StepMeter(scheduler.step_tokens)
         self._failed_steps = 0
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
@@ -335,7 +334,7 @@ class Engine:
         shares = self._scheduler.next_step()
         if not shares:
             return
-        began = self._clock()
+        work, began = Work.of(shares), self._clock()
         try:
             sampling, drawn = self._compute(shares)
         except Exception as exc:
@@ -346,9 +345,7 @@ class Engine:
         outputs += self._announced(shares)
         if outputs:
             self._say(step=pb.DecodeStep(outputs=outputs))
-        self._steps += 1
-        seconds = self._clock() - began
-        self._step_seconds += (seconds - self._step_seconds) * (_SMOOTHING if self._step_seconds else 1.0)
+        self._meter.note(work, self._clock() - began)
 
     def _compute(self, shares: list[Share]) -> tuple[list[Sequence], list[Drawn]]:
         """The sequences that get a token, and their tokens."""
@@ -412,8 +409,10 @@ class Engine:
             running=counts[0],
             waiting=counts[1],
             kv_used_tokens=counts[2],
-            step_seconds=self._step_seconds,
-            steps=self._steps,
+            step_seconds=self._meter.mean_seconds,
+            steps=self._meter.steps,
+            context_tokens=sum(sequence.computed for sequence in self._scheduler),
+            cost=self._meter.cost,
         )
         self._say(load=load)
 

@@ -39,7 +39,7 @@ class Scheduler:
     """
 
     def __init__(self, step_tokens: int) -> None:
-        self._step_tokens = step_tokens
+        self.step_tokens = step_tokens
         self._running: dict[int, Sequence] = {}
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Scheduler:
     def next_step(self) -> list[Share]:
         """The next step's work; empty when nothing runs. Single tokens come first."""
         single = [Share(sequence, 1) for sequence in self if sequence.pending == 1]
-        budget = self._step_tokens - len(single)
+        budget = self.step_tokens - len(single)
         longer = []
         for sequence in self:
             if sequence.pending > 1 and budget > 0:

@@ -133,6 +133,7 @@ class _Transfer:
         self._submitted_ns = time.monotonic_ns()
         self._compute_ns = 0
         self._chunk_ns = 0
+        self._sending_ns = 0
 
     async def run(self) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         request, metrics = self._request, self._parts.metrics
@@ -160,6 +161,12 @@ class _Transfer:
                     yield prefill_pb2.PrefillResponse(progress=progress)
             await streamer.commit()
             exposed_seconds = (time.monotonic_ns() - layer.finished_ns) / 1e9
+        self._load.transferred(
+            streamer.sent_bytes,
+            sending=self._sending_ns / 1e9,
+            computing=self._compute_ns / 1e9,
+            exposed=exposed_seconds,
+        )
         metrics.exposed_transfer_seconds.observe(exposed_seconds)
         metrics.compute_seconds.observe(self._compute_ns / 1e9)
         completed = prefill_pb2.PrefillCompleted(
@@ -174,8 +181,9 @@ class _Transfer:
     async def _next_layer(self, streamer: Streamer) -> engine_pb.PrefillLayerDone:
         """Sends one layer and gives its slot back."""
         layer = await self._job.next_layer()
-        sent_before = streamer.sent_bytes
+        sent_before, began = streamer.sent_bytes, time.monotonic_ns()
         await streamer.send_layer(layer)
+        self._sending_ns += time.monotonic_ns() - began
         self._parts.events.layer_left(self._request.context.request_id, layer)
         self._job.layer_sent()
         self._parts.metrics.kv_sent_bytes.inc(streamer.sent_bytes - sent_before)

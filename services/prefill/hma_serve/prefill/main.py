@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from hma_serve.core.errors import HmaError
+from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
 from hma_serve.ipc import Arena, spawn_engine
@@ -76,6 +77,12 @@ class _Worker:
         _show_load(self._metrics, self._load)
         http_address = await self._front.open_status_port()
         model = await asyncio.to_thread(read_served_model, config)
+        layout = model.layout
+        self._load.expect(
+            chunk_tokens=config.chunk_tokens,
+            bytes_per_token=layout.layers * layout.layer_bytes(GROUP_TOKENS) // GROUP_TOKENS,
+            layers=layout.layers,
+        )
         arena = stack.enter_context(_arena(config, model))
         engine, engine_end = await stack.enter_async_context(_engine(config, model, arena))
         ready = await engine.ready()
