@@ -61,11 +61,11 @@ def test_an_interrupted_step_does_not_bend_the_model() -> None:
 
 def test_the_first_step_warms_up_and_counts_for_nothing() -> None:
     calibration = StepCalibration(512)
-    assert not calibration.cost.known
+    assert calibration.cost.measurements == 0
     calibration.note_chunk(64, 0, 99.0)
-    assert not calibration.cost.known
+    assert calibration.cost.measurements == 0
     calibration.note_chunk(64, 0, 0.01)
-    assert calibration.cost.known
+    assert calibration.cost.measurements == 1
     assert calibration.cost.prompt(64) == pytest.approx(0.01, rel=1e-3)
 
 

@@ -1,8 +1,8 @@
 """Fits cost models to what was measured, while it is measured.
 
-Exponentially forgetting least squares with coefficients that are never negative: a cost that falls with more work would
-let a router believe that a long prompt is free. The sums that the fit needs are a few numbers, so nothing is stored, and
-solving happens only when somebody asks.
+Exponentially forgetting least squares with coefficients that are never negative: a cost that falls with more work
+would let a router believe that a long prompt is free. The sums that the fit needs are a few numbers, so nothing is
+stored, and solving happens only when somebody asks.
 
 Each measurement is weighted by the inverse square of what the model expected, so that short steps and long ones count
 alike; weighting by the measurement itself would favour the steps that happened to be fast.
