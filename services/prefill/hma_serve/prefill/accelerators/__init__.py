@@ -26,15 +26,15 @@ from hma_serve.prefill.profiles import Profile
 ENTRY_POINTS = "hma_serve.accelerators"
 
 
-class Copy(Protocol):
-    """A copy from the device to host memory that may still be under way."""
+class Completion(Protocol):
+    """Work that a device was given and may not have done yet."""
 
     def done(self) -> bool:
-        """Whether the bytes are there; never waits."""
+        """Whether it is done; never waits."""
         ...
 
     def wait(self) -> None:
-        """Returns when the bytes are there."""
+        """Returns when it is done."""
         ...
 
 
@@ -44,7 +44,7 @@ class KvStore(Protocol):
     Dropping the last reference frees it, once copies that were begun are done.
     """
 
-    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> Copy | None:
+    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> Completion | None:
         """Copies native bytes into `out` [heads, groups, group bytes]; `run_layer` was called for these groups.
 
         A device with a queue of its own only begins here: behind the layer's computation and beside the next one's, on
@@ -92,6 +92,10 @@ class Accelerator(Protocol):
 
     def pin(self, memory: memoryview) -> None:
         """Makes host memory, which stays mapped as long as the accelerator lives, fast to copy to and from."""
+        ...
+
+    def fence(self) -> Completion | None:
+        """All that `run_layer` was called for so far; None when it has computed everything before it returned."""
         ...
 
     def new_store(self, tokens: int) -> KvStore:

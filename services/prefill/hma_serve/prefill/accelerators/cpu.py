@@ -18,7 +18,7 @@ from hma_serve import quant
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import Linear, LinearFactory, LinearSite, Transformer, open_weights
-from hma_serve.prefill.accelerators import AcceleratorSpec, KvStore, Segment
+from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
 from hma_serve.prefill.attention import StoredAttention
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.profiles import Profile
@@ -81,6 +81,10 @@ class CpuAccelerator:
 
     def pin(self, memory: memoryview) -> None:
         """See `Accelerator`: host memory is its own."""
+
+    def fence(self) -> Completion | None:
+        """See `Accelerator`: nothing is left under way."""
+        return None
 
     def new_store(self, tokens: int) -> KvStore:
         """See `Accelerator`."""
