@@ -13,35 +13,43 @@ import torch
 
 from hma_serve import quant
 from hma_serve.checkpoint import read_model_config
-from hma_serve.model import CausalAttention, Linear, LinearSite, Transformer, dense_linear, open_weights
+from hma_serve.model import CausalAttention, Linear, LinearFactory, LinearSite, Transformer, open_weights
+from hma_serve.prefill.profiles import Profile, find_profile
 
 GROUP = 32
 
 Packed = list[tuple[torch.Tensor, torch.Tensor]]
 """Per layer the packed K and V, uint8 [heads, groups, group bytes]."""
 
-_CODECS = {"f32": "f32", "bf16": "bf16", "tt_bfp8": "tt_bfp8_b"}
 
+def _rounded_linear(profile: Profile) -> LinearFactory:
+    """Both operands rounded to the profile's formats, part by part, as if q, k and v (gate and up) were apart."""
+    weights, activations = quant.operand_format(profile.weights), quant.operand_format(profile.activations)
 
-def _bfp8_linear(weight: torch.Tensor, site: LinearSite) -> Linear:
-    """Both operands rounded to BFP8: the weight in groups of 16 output features, the input in groups of 16 features."""
-    # Part by part, as if q, k and v (gate and up) were separate matrices; [in, out] as the vendor stores it.
-    parts = [quant.fake_quantize_bfp8(part.T.contiguous(), axis=-1).T for part in torch.split(weight, list(site.parts))]
-    rounded = torch.cat(parts).contiguous()
-    return lambda x: torch.nn.functional.linear(quant.fake_quantize_bfp8(x, axis=-1), rounded)
+    def make(weight: torch.Tensor, site: LinearSite) -> Linear:
+        parts = [weights.quantize_weight(part) for part in torch.split(weight, list(site.parts))]
+        values = torch.cat([part.values for part in parts])
+        scales = [part.scale for part in parts if part.scale is not None]
+        rounded = quant.Operand(values, torch.cat(scales) if scales else None)
+        return lambda x: quant.multiply(activations.quantize(x), rounded, x.dtype)
+
+    return make
 
 
 class _RoundedAttention:
     """Causal attention of a whole prompt over its K and V after a round trip through the codec, kept packed."""
 
-    def __init__(self, codec: quant.TorchCodec) -> None:
-        self._codec = codec
+    def __init__(self, k_codec: quant.TorchCodec, v_codec: quant.TorchCodec) -> None:
+        self._codecs = (k_codec, v_codec)
         self.packed: Packed = []
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor:
-        packed_k, packed_v = (self._codec.encode(x.transpose(0, 1).contiguous()) for x in (k, v))
-        self.packed.append((packed_k, packed_v))
-        keys, values = (self._codec.decode(x, dtype=q.dtype).transpose(0, 1).contiguous() for x in (packed_k, packed_v))
+        packed = [codec.encode(x.transpose(0, 1).contiguous()) for codec, x in zip(self._codecs, (k, v), strict=True)]
+        self.packed.append((packed[0], packed[1]))
+        keys, values = (
+            codec.decode(x, dtype=q.dtype).transpose(0, 1).contiguous()
+            for codec, x in zip(self._codecs, packed, strict=True)
+        )
         out = torch.empty_like(q)
         # Matrix products round by their shape, and bytes are compared bit for bit, so the 32 tokens of a group go
         # together against all keys up to the group's end: the definition in docs, not an optimisation.
@@ -62,12 +70,11 @@ class _RoundedAttention:
 @torch.inference_mode()
 def reference_packed_kv(checkpoint: Path, profile: str, token_ids: Sequence[int]) -> Packed:
     """The KV that a prefill worker with that profile must put on the wire for whole groups of tokens."""
-    config = read_model_config(checkpoint)
-    dtype = torch.bfloat16 if profile == "bf16" else torch.float32
-    linear = _bfp8_linear if profile == "tt_bfp8" else dense_linear
+    config, rules = read_model_config(checkpoint), find_profile(profile)
+    dtype = torch.bfloat16 if rules.compute == "bf16" else torch.float32
     with open_weights(checkpoint, config, dtype=dtype, with_head=False) as weights:
-        model = Transformer(config, weights, linear=linear)
-    attention = _RoundedAttention(quant.codec(_CODECS[profile]))
+        model = Transformer(config, weights, linear=_rounded_linear(rules))
+    attention = _RoundedAttention(quant.codec(rules.k_codec), quant.codec(rules.v_codec))
     model.forward(torch.tensor(token_ids), torch.arange(len(token_ids)), attention)
     return attention.packed
 
@@ -84,7 +91,7 @@ def reference_generate(
 
     Args:
         checkpoint: Directory.
-        profile: `f32`, `bf16` or `tt_bfp8`.
+        profile: Any built-in one.
         prompt_ids: At least one token.
         max_tokens: How many to generate; end-of-sequence tokens do not stop it.
         dtype: Decode's.
@@ -111,7 +118,9 @@ def reference_generate(
 
 def _preload(attention: CausalAttention, packed: Packed, profile: str, dtype: torch.dtype) -> None:
     """Fills an empty cache with decoded KV, by attending to it with queries that nobody looks at."""
-    codec = quant.codec(_CODECS[profile])
+    codecs = [quant.codec(name) for name in (find_profile(profile).k_codec, find_profile(profile).v_codec)]
     for layer, roles in enumerate(packed):
-        keys, values = (codec.decode(part, dtype=dtype).transpose(0, 1) for part in roles)
+        keys, values = (
+            codec.decode(part, dtype=dtype).transpose(0, 1) for codec, part in zip(codecs, roles, strict=True)
+        )
         attention(layer, torch.zeros_like(keys), keys, values)

@@ -1,4 +1,4 @@
-"""Every codec of the KV block format on tensors, and the emulation of block-float arithmetic."""
+"""Every codec of the KV block format on tensors, and every format of a matrix product's operands."""
 
 from __future__ import annotations
 
@@ -7,22 +7,37 @@ from typing import Final
 import torch
 
 from hma_serve.quant.base import GROUP_TOKENS, Rounding, TorchCodec
-from hma_serve.quant.block_float import TtBlockFloat, fake_quantize_bfp8
+from hma_serve.quant.block_float import TtBlockFloat, fake_quantize_bfp8, fake_quantize_block_float
 from hma_serve.quant.fp8 import all_fp8
 from hma_serve.quant.integer import Int4, Int8
 from hma_serve.quant.microscaling import MxFp4, MxFp8, MxInt8, NvFp4
 from hma_serve.quant.offset import offset_scores, reference_attention, subtract_offset
+from hma_serve.quant.operands import (
+    Operand,
+    OperandFormat,
+    multiply,
+    operand_format,
+    operand_format_names,
+    row_scale,
+)
 from hma_serve.quant.plain import Plain
 
 __all__ = [
     "GROUP_TOKENS",
+    "Operand",
+    "OperandFormat",
     "Rounding",
     "TorchCodec",
     "codec",
     "codec_names",
     "fake_quantize_bfp8",
+    "fake_quantize_block_float",
+    "multiply",
     "offset_scores",
+    "operand_format",
+    "operand_format_names",
     "reference_attention",
+    "row_scale",
     "subtract_offset",
 ]
 

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 TILE: Final = 32
 FACE: Final = 16
 EXPONENT_BYTES: Final = 64
-_LARGEST: Final = 127
 _LARGEST_SUBNORMAL: Final = 2.0**-126 - 2.0**-149
 _SEVEN: Final = torch.tensor(7, dtype=torch.int8)  # tensors: wrapping a Python number costs as much as the operation
-_MAGNITUDE: Final = torch.tensor(_LARGEST, dtype=torch.int8)
-_SMALLEST_POWER: Final = 2.0**-120  # exponent 7: groups below decode to zero
+_MAGNITUDE: Final = torch.tensor(127, dtype=torch.int8)
 
 
 class TtBlockFloat(TorchCodec):
@@ -103,6 +101,11 @@ class TtBlockFloat(TorchCodec):
 
 
 def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_even") -> Tensor:
+    """`fake_quantize_block_float` with 8 bits, the type of activations and weights alike."""
+    return fake_quantize_block_float(x, 8, axis, rounding)
+
+
+def fake_quantize_block_float(x: Tensor, bits: int, axis: int = -1, rounding: Rounding = "nearest_even") -> Tensor:
     """Quantise and dequantise groups of 16 along an axis, as a tile would, without packing.
 
     Along the last axis of [..., tokens, head_dim] the result equals the codec's `decode(encode(x))` in every value,
@@ -110,6 +113,7 @@ def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_
 
     Args:
         x: float32 or bfloat16; the axis is a multiple of 16 long.
+        bits: Of an element: 8, 4 or 2.
         axis: Along which 16 neighbours share an exponent.
         rounding: What happens half-way.
 
@@ -123,12 +127,14 @@ def fake_quantize_bfp8(x: Tensor, axis: int = -1, rounding: Rounding = "nearest_
         raise ValueError(f"axis of {x.shape[axis]} does not divide into groups of {FACE}")
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"expected float32 or bfloat16, not {x.dtype}")
+    whole, largest = 2.0 ** (bits - 2), (1 << (bits - 1)) - 1
+    smallest = 2.0 ** (bits - 1 - 127)  # groups below it decode to zero
     moved = x.movedim(axis, -1)
     values = hardshrink(moved.to(torch.float32).contiguous().view(-1, FACE), _LARGEST_SUBNORMAL)
     power = (_largest_bits(values) & 0x7F800000).view(torch.float32)  # 2^(E - 127); Inf for Inf and NaN
-    scale = 64.0 / power.clamp(min=_SMALLEST_POWER)
-    step = torch.where(power < _SMALLEST_POWER, 0.0, power * 2.0**-6)
-    _round(values.mul_(scale), rounding).clamp_(-_LARGEST, _LARGEST).mul_(step)
+    scale = whole / power.clamp(min=smallest)
+    step = torch.where(power < smallest, 0.0, power / whole)
+    _round(values.mul_(scale), rounding).clamp_(-largest, largest).mul_(step)
     return values.to(x.dtype).view(moved.shape).movedim(-1, axis)
 
 

@@ -65,11 +65,21 @@ class MxCodec(ScaledCodec):
 
     def _pack(self, units: Tensor) -> tuple[Tensor, Tensor]:
         groups = units.reshape(len(units), -1, _MX_GROUP)
+        codes, scales = self._scaled(groups)
+        return codes.view(units.shape), scales.to(torch.uint8)
+
+    def round_trip(self, x: Tensor) -> Tensor:
+        """What `decode(encode(x))` gives, without packing: float32 [..., n] of float32 [..., n], n a multiple of 32."""
+        groups = x.contiguous().view(-1, _MX_GROUP)
+        codes, scales = self._scaled(groups)
+        return self._elements(codes).mul_(_powers(x.device).index_select(0, scales).unsqueeze(1)).view(x.shape)
+
+    def _scaled(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes, uint8 [..., 32], and E8M0 scales, int32 [...], of float32 groups [..., 32]."""
         largest = groups.abs().view(torch.int32).amax(-1)  # magnitudes order as their bits do
         scales = ((largest >> 23) - self.top_exponent).clamp(0, 254)
-        powers = _powers(units.device).index_select(0, (254 - scales).view(-1))
-        codes = self._round(groups * powers.view(*scales.shape, 1))
-        return codes.view(units.shape), scales.to(torch.uint8)
+        powers = _powers(groups.device).index_select(0, (254 - scales).view(-1))
+        return self._round(groups * powers.view(*scales.shape, 1)), scales
 
     def _values(self, elements: Tensor, scales: Tensor, head_dim: int) -> Tensor:
         powers = _powers(scales.device).index_select(0, scales.reshape(-1).int())

@@ -26,8 +26,8 @@ class PackedKv(Protocol):
         """Packs values [tokens, heads, D] of the tokens from `start` on."""
         ...
 
-    def read(self, layer: int, role: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-        """The first `tokens` tokens as stored, decoded: [tokens, heads, D], contiguous."""
+    def read(self, layer: int, role: int, tokens: int) -> torch.Tensor:
+        """The first `tokens` tokens as stored, decoded to the queries' dtype: [tokens, heads, D], contiguous."""
         ...
 
 
@@ -49,8 +49,8 @@ class StoredAttention:
             rows = slice(row, row + tokens)
             kv.append(layer, KV_ROLE_K, start, k[rows])
             kv.append(layer, KV_ROLE_V, start, v[rows])
-            keys = kv.read(layer, KV_ROLE_K, start + tokens, q.dtype)
-            values = kv.read(layer, KV_ROLE_V, start + tokens, q.dtype)
+            keys = kv.read(layer, KV_ROLE_K, start + tokens)
+            values = kv.read(layer, KV_ROLE_V, start + tokens)
             attend_groups(q[rows], keys, values, start, out[rows])
             row += tokens
         return out

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
-from hma_serve.prefill.profiles import PROFILES
 from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
 
 
@@ -19,6 +18,7 @@ class PrefillConfig(PlaceConfig):
     Attributes:
         model: `demo`, a directory or a Hub id.
         profile: What to compute in and how to pack.
+        profiles: Directory of more profiles; None: the built-in ones.
         device: Kind of accelerator.
         chunk_tokens: Tokens computed together; a multiple of 32.
         layers_ahead: Layers of a request that may be computed before the oldest of them has left.
@@ -33,6 +33,7 @@ class PrefillConfig(PlaceConfig):
 
     model: str
     profile: str
+    profiles: Path | None
     device: str
     chunk_tokens: int
     layers_ahead: int
@@ -73,8 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", default="demo", metavar="demo|DIR|HUB_ID", help="the checkpoint (default: %(default)s)"
     )
     model.add_argument(
-        "--profile", default="tt_bfp8", choices=list(PROFILES), help="arithmetic and KV codec (default: %(default)s)"
+        "--profile", default="tt_bfp8", metavar="NAME", help="arithmetic and KV codec (default: %(default)s)"
     )
+    model.add_argument("--profiles", type=Path, metavar="DIR", help="more profiles, one TOML file each")
     model.add_argument(
         "--device", default="cpu", help="kind of accelerator; packages can add more (default: %(default)s)"
     )

@@ -31,11 +31,12 @@ _log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The engine's arguments; the front writes them, so none has a default."""
+    """The engine's arguments; the front writes them, so hardly any has a default."""
     parser = argparse.ArgumentParser(prog="hma-serve-prefill-engine", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--profile", required=True)
+    parser.add_argument("--profiles", type=Path)
     parser.add_argument("--chunk-tokens", type=int, required=True)
     parser.add_argument("--layers-ahead", type=int, required=True)
     parser.add_argument("--max-running", type=int, required=True)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> Engine:
     started = time.monotonic()
-    model, profile = read_model_config(args.checkpoint), find_profile(args.profile)
+    model, profile = read_model_config(args.checkpoint), find_profile(args.profile, args.profiles)
     spec = AcceleratorSpec(args.checkpoint, model, profile, progress=LoadLog(_log))
     accelerator = open_accelerator(args.device, spec)
     if endpoint.arena is None:

@@ -159,7 +159,7 @@ async def _engine(
     config: PrefillConfig, model: ServedModel, arena: Arena
 ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
     """The engine process and the task that speaks with it; both are over when the context is."""
-    flags = {
+    flags: dict[str, object] = {
         "--checkpoint": model.checkpoint,
         "--device": config.device,
         "--profile": model.profile.name,
@@ -171,6 +171,8 @@ async def _engine(
         "--threads": config.threads,
         "--log-format": config.log_format,
     }
+    if config.profiles is not None:
+        flags["--profiles"] = config.profiles
     argv = [str(part) for pair in flags.items() for part in pair]
     process = await spawn_engine(ENGINE_MODULE, argv, receives=prefill_engine_pb2.PrefillEngineEvent, arena=arena)
     client = EngineClient(process)

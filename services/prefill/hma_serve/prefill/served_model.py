@@ -99,7 +99,7 @@ def read_served_model(config: PrefillConfig) -> ServedModel:
         HmaError: It cannot be served; the message says why.
     """
     checkpoint = resolve_checkpoint(config.model)
-    shape, profile = read_model_config(checkpoint), find_profile(config.profile)
+    shape, profile = read_model_config(checkpoint), find_profile(config.profile, config.profiles)
     profile.check(shape)
     window = shape.max_position_embeddings
     longest = min(config.max_model_len or window, config.kv_capacity_tokens or window, window)

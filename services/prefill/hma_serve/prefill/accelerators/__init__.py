@@ -62,6 +62,10 @@ class KvStore(Protocol):
         """
         ...
 
+    def copy_in(self, layer: int, role: int, heads: slice, groups: slice, packed: NDArray[np.uint8]) -> None:
+        """Takes native bytes [heads, groups, group bytes] that were computed before, instead of computing them."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -129,12 +133,14 @@ class AcceleratorSpec:
         model: Its configuration.
         profile: The arithmetic to follow.
         progress: Told while the weights load how many bytes are done, out of how many.
+        decoded_bytes: Memory that decoded copies of running requests' KV may take beside the packed bytes.
     """
 
     checkpoint: Path
     model: ModelConfig
     profile: Profile
     progress: Progress | None = None
+    decoded_bytes: int = 1 << 30
 
 
 AcceleratorFactory = Callable[[AcceleratorSpec], Accelerator]
