@@ -139,9 +139,10 @@ def joined(received: dict[tuple[int, int, int], Packed]) -> dict[tuple[int, int]
 @pytest.mark.parametrize("profile", list(PROFILES))
 def test_the_bytes_do_not_depend_on_the_chunk_size(make_bench: MakeBench, profile: str) -> None:
     results = []
+    tokens = 608 if profile in ("f32", "bf16", "tt_bfp8") else 192
     for chunk in (32, 64, 512):
         bench = make_bench(profile, chunk=chunk)
-        bench.submit(1, prompt(608))
+        bench.submit(1, prompt(tokens))
         results.append(joined(bench.run(1)))
     for other in results[1:]:
         assert other.keys() == results[0].keys()
@@ -152,9 +153,9 @@ def test_the_bytes_do_not_depend_on_the_chunk_size(make_bench: MakeBench, profil
 @pytest.mark.parametrize("profile", list(PROFILES))
 def test_the_bytes_equal_those_of_the_reference(make_bench: MakeBench, checkpoint: Path, profile: str) -> None:
     bench = make_bench(profile, chunk=96)
-    bench.submit(1, prompt(256))
+    bench.submit(1, prompt(160))
     received = joined(bench.run(1))
-    expected = reference_packed_kv(checkpoint, profile, prompt(256))
+    expected = reference_packed_kv(checkpoint, profile, prompt(160))
     assert len(received) == 2 * LAYERS
     for (layer, role), packed in received.items():
         np.testing.assert_array_equal(packed, expected[layer][ROLES.index(role)].numpy())

@@ -62,10 +62,6 @@ class KvStore(Protocol):
         """
         ...
 
-    def copy_in(self, layer: int, role: int, heads: slice, groups: slice, packed: NDArray[np.uint8]) -> None:
-        """Takes native bytes [heads, groups, group bytes] that were computed before, instead of computing them."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
