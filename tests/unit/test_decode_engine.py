@@ -8,7 +8,11 @@ import torch
 
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.pages import KvGeometry, PagePool
+from hma_serve.decode.runner import DrawnTokens, Step
+from hma_serve.decode.sampler import Inputs, Occurrences, Rows, sample
+from hma_serve.decode.sampling_batch import SamplingBatches
 from hma_serve.decode.scheduler import Scheduler, Share
+from hma_serve.decode.step_loop import StepLoop
 from hma_serve.decode.tickets import TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import Arena
@@ -22,26 +26,48 @@ UNIT = codec("tt_bfp8_b").group_bytes(HEAD_DIM)
 
 
 class NextNumber:
-    """A model whose next token is the last one plus one."""
+    """A device whose next token is the last one plus one. It knows a carried token, which the host does not yet."""
 
     def __init__(self) -> None:
         self.steps: list[list[tuple[int, int]]] = []
         self.fails = False
+        self._last: NextNumberStep | None = None
 
-    def run(self, shares: Sequence[Share]) -> torch.Tensor:
+    def begin(self, shares: Sequence[Share]) -> Step:
         if self.fails:
             raise RuntimeError("the device said no")
         self.steps.append([(share.sequence.stream, share.count) for share in shares])
-        rows = [share.sequence.tokens[-1] + 1 for share in shares if share.samples]
-        logits = torch.zeros(len(rows), VOCAB)
-        logits[range(len(rows)), rows] = 10.0
-        return logits
+        inputs = [self._last_input(share) for share in shares if share.samples]
+        self._last = NextNumberStep([token + 1 for token in inputs])
+        return self._last
+
+    def _last_input(self, share: Share) -> int:
+        if share.carried is None:
+            return share.tokens[-1]
+        assert self._last is not None
+        assert self._last.tokens is not None
+        return int(self._last.tokens[share.carried])
+
+
+class NextNumberStep:
+    def __init__(self, wanted: list[int]) -> None:
+        self._wanted = wanted
+        self.tokens: torch.Tensor | None = None
+
+    def draw(self, rows: Rows, inputs: Inputs, occurrences: Occurrences) -> None:
+        logits = torch.zeros(len(self._wanted), VOCAB)
+        logits[range(len(self._wanted)), self._wanted] = 10.0
+        self.tokens = sample(logits, rows, inputs, occurrences).tokens if self._wanted else torch.empty(0)
+
+    def drawn(self) -> DrawnTokens:
+        assert self.tokens is not None
+        return DrawnTokens(self.tokens.tolist(), [], [], [])
 
 
 class Harness:
     """An engine with its ends in hand."""
 
-    def __init__(self, capacity: int = 2000, max_running: int = 3) -> None:
+    def __init__(self, capacity: int = 2000, max_running: int = 3, *, overlap: bool = False) -> None:
         self.now = 500.0
         self.events: list[pb.DecodeEngineEvent] = []
         self.runner = NextNumber()
@@ -52,11 +78,12 @@ class Harness:
             plain_dtype=torch.float32,
             capacity_tokens=capacity,
         )
+        scheduler = Scheduler(64)
         self.engine = Engine(
             pool=self.pool,
-            runner=self.runner,
             tickets=TicketTable(lease=LEASE, clock=lambda: self.now),
-            scheduler=Scheduler(64),
+            scheduler=scheduler,
+            steps=StepLoop(scheduler, self.runner, SamplingBatches(VOCAB, max_running), overlap=overlap),
             limits=EngineLimits(max_running, frozenset({EOS}), VOCAB),
             arena=self.arena,
             emit=lambda *events: self.events.extend(events),
@@ -102,7 +129,15 @@ def marker(layer: int, role: int, head: int) -> int:
 
 
 def admit(
-    stream: int, prompt: int, packed: int, *, epoch: int = 1, max_tokens: int = 4, deadline: float = 0, emitted: int = 0
+    stream: int,
+    prompt: int,
+    packed: int,
+    *,
+    epoch: int = 1,
+    max_tokens: int = 4,
+    deadline: float = 0,
+    emitted: int = 0,
+    stop_token: int | None = None,
 ) -> pb.DecodeEngineCommand:
     sampling = common_pb2.SamplingParams(temperature=0.0)
     return pb.DecodeEngineCommand(
@@ -115,7 +150,9 @@ def admit(
             k_codec="tt_bfp8_b" if packed else "",
             v_codec="tt_bfp8_b" if packed else "",
             sampling=sampling,
-            stop=common_pb2.StopConditions(max_tokens=max_tokens),
+            stop=common_pb2.StopConditions(
+                max_tokens=max_tokens, stop_token_ids=[] if stop_token is None else [stop_token]
+            ),
             deadline_ns=int(deadline * 1e9),
         )
     )
@@ -378,3 +415,60 @@ def test_an_engine_that_only_fails_leaves() -> None:
     with pytest.raises(RuntimeError, match="the device said no"):
         for stream in range(100):
             harness.turn(admit(stream, prompt=20, packed=0))
+
+
+def test_a_step_ahead_gives_the_same_tokens_and_ends() -> None:
+    said: list[list[tuple[int, int]]] = []
+    for overlap in (False, True):
+        harness = Harness(max_running=8, overlap=overlap)
+        produced = outputs(
+            harness.turn(*(admit(stream, 5 + 20 * stream, 0, max_tokens=3 + stream) for stream in range(6)))
+        )
+        while harness.patience == 0:
+            produced += outputs(harness.turn())
+        harness.pool.check_integrity()
+        assert harness.pool.used_tokens == 0
+        assert sum(output.HasField("finished") for output in produced) == 6
+        said.append(sorted((output.stream, token) for output in produced for token in output.tokens.token_ids))
+    assert said[0] == said[1]
+    assert len(said[0]) == sum(3 + stream for stream in range(6))
+
+
+def test_a_step_ahead_throws_away_what_follows_the_end() -> None:
+    harness = Harness(overlap=True)
+    # The third token is the stop token: by the time the host knows, the device has begun with a fourth.
+    produced = outputs(harness.turn(admit(1, 5, 0, max_tokens=10, stop_token=17)))
+    while harness.patience == 0:
+        produced += outputs(harness.turn())
+    assert [token for output in produced for token in output.tokens.token_ids] == [15, 16]
+    assert produced[-1].finished.stop_token_id == 17
+    assert harness.runner.steps == [[(1, 5)], [(1, 1)], [(1, 1)], [(1, 1)]]
+    assert harness.pool.used_tokens == 0
+
+
+def test_pages_change_hands_only_when_no_step_uses_them() -> None:
+    harness = Harness(overlap=True)
+    harness.turn(admit(1, 5, 0, max_tokens=100))
+    harness.turn()
+    harness.turn(close(1))
+    # The step that was ahead when the stream was closed is over now, and nothing else ran.
+    assert harness.pool.used_tokens == 0
+    assert harness.turn() == []
+    assert harness.patience is None
+    steps = len(harness.runner.steps)
+    harness.turn(admit(2, 5, 0, max_tokens=100))
+    harness.engine._receive(close(2))
+    assert harness.pool.used_tokens > 0  # the device may still write there
+    harness.turn()
+    assert harness.pool.used_tokens == 0
+    assert len(harness.runner.steps) == steps + 1
+
+
+def test_a_failure_ends_everyone_in_the_steps_under_way() -> None:
+    harness = Harness(overlap=True)
+    harness.turn(admit(1, 5, 0, max_tokens=100))
+    harness.runner.fails = True
+    events = harness.turn(admit(2, 5, 0, max_tokens=100))
+    assert {event.failed.stream for event in events if event.HasField("failed")} == {1, 2}
+    assert harness.pool.used_tokens == 0
+    harness.pool.check_integrity()

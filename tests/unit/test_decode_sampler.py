@@ -1,29 +1,68 @@
 """The sampler: the right distribution, the same tokens for the same seed, rows that do not see each other."""
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation import logits_process as t
 
-from hma_serve.core.request import SamplingParams
-from hma_serve.decode.sampler import Draw, sample, uniform
+from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.decode.pages import Reservation
+from hma_serve.decode.sampler import Drawn, adjust, probabilities, sample, uniform
+from hma_serve.decode.sampling_batch import SamplingBatches
+from hma_serve.decode.sequence import Sequence
 
 VOCAB = 50
+
+
+@dataclass(frozen=True)
+class Draw:
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    min_tokens: int = 0
+
+    def sequence(self, stream: int) -> Sequence:
+        output = self.output or (VOCAB - 1,) * self.position
+        return Sequence(
+            stream=stream,
+            pages=cast(Reservation, None),
+            prompt_tokens=len(self.prompt),
+            tokens=[*self.prompt, *output],
+            computed=0,
+            sampling=self.params,
+            seed=self.seed,
+            stop=StopConditions(min_tokens=self.min_tokens),
+            eos=frozenset({7, 9}),
+            max_tokens=10**6,
+            vocab=VOCAB,
+        )
 
 
 def draw(position: int = 0, seed: int = 1, **params: Any) -> Draw:
     return Draw(SamplingParams(**params), seed, position)
 
 
+def sampled(logits: torch.Tensor, draws: list[Draw]) -> Drawn:
+    sequences = [each.sequence(stream) for stream, each in enumerate(draws)]
+    batches = SamplingBatches(logits.shape[1], len(draws))
+    return sample(logits.clone(), batches.rows(sequences), batches.inputs(sequences), batches.occurrences)
+
+
 def tokens(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
-    return [drawn.token for drawn in sample(logits.clone(), draws)]
+    drawn: list[int] = sampled(logits, draws).tokens.tolist()
+    return drawn
 
 
 def frequencies(row: torch.Tensor, count: int, **params: Any) -> dict[int, float]:
-    drawn = tokens(row.repeat(count, 1), [draw(position, **params) for position in range(count)])
+    drawn = tokens(row.repeat(count, 1), [draw(0, seed, **params) for seed in range(count)])
     return {token: number / count for token, number in Counter(drawn).items()}
 
 
@@ -112,7 +151,7 @@ def test_banned_tokens_are_never_drawn() -> None:
     row[7] = 50.0
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature)
-        drawn = tokens(row.repeat(200, 1), [Draw(params, 1, position, banned=(7, 9)) for position in range(200)])
+        drawn = tokens(row.repeat(200, 1), [Draw(params, seed, 0, min_tokens=1) for seed in range(200)])
         assert not {7, 9} & set(drawn)
 
 
@@ -131,14 +170,83 @@ def test_bias_and_penalties_move_the_choice() -> None:
 
 
 def test_logprobs_are_the_models_own() -> None:
-    logits = torch.randn(2, VOCAB)
+    logits = torch.randn(3, VOCAB)
+    logits[0, 7] = 9.0
     wanted = logits.log_softmax(-1)
-    banned = int(logits[0].argmax())
-    with_top = Draw(SamplingParams(temperature=0.0, logprobs=3), 0, 0, banned=(banned,))
-    first, second = sample(logits.clone(), [with_top, draw(temperature=0.0)])
-    assert second.logprobs is None
-    assert first.logprobs is not None
-    assert first.token != banned
-    assert first.logprobs.chosen == pytest.approx(float(wanted[0, first.token]), abs=1e-5)
-    assert [token for token, _ in first.logprobs.top] == wanted[0].topk(3).indices.tolist()
-    assert first.logprobs.top[0][0] == banned
+    with_top = Draw(SamplingParams(temperature=0.0, logprobs=3), 0, 0, min_tokens=1)
+    drawn = sampled(logits, [with_top, draw(temperature=0.0), draw(temperature=0.0, logprobs=0)])
+    assert drawn.chosen is not None
+    assert drawn.top_tokens is not None
+    first, _, third = drawn.tokens.tolist()
+    assert first != 7
+    assert drawn.chosen.tolist() == pytest.approx([float(wanted[0, first]), float(wanted[2, third])], abs=1e-5)
+    assert drawn.top_tokens[0].tolist() == wanted[0].topk(3).indices.tolist()
+    assert int(drawn.top_tokens[0, 0]) == 7
+
+
+def test_what_is_drawn_is_counted_in_the_step() -> None:
+    """A device that runs ahead must not ask the host what it has just drawn."""
+    sequence = Draw(SamplingParams(temperature=0.0, presence_penalty=1.0), 0, 0, prompt=(3,)).sequence(1)
+    batches = SamplingBatches(4, 1)
+    row = torch.tensor([[1.0, 0.5, 0.2, -5.0]])
+    said: list[int] = []
+    for _ in range(3):
+        rows, inputs = batches.rows([sequence]), batches.inputs([sequence])
+        said += sample(row.clone(), rows, inputs, batches.occurrences).tokens.tolist()
+    assert said == [0, 1, 2]
+    # Another sequence takes the slot and begins afresh.
+    batches.leave(sequence)
+    again = Draw(SamplingParams(temperature=0.0, presence_penalty=1.0), 0, 0).sequence(2)
+    assert sample(row.clone(), batches.rows([again]), batches.inputs([again]), batches.occurrences).tokens.tolist() == [
+        0
+    ]
+
+
+PROCESSORS: list[tuple[dict[str, float], Callable[[], list[Any]]]] = [
+    ({"temperature": 0.7}, lambda: [t.TemperatureLogitsWarper(0.7)]),
+    ({"top_k": 7}, lambda: [t.TopKLogitsWarper(7)]),
+    ({"top_p": 0.8}, lambda: [t.TopPLogitsWarper(0.8)]),
+    ({"min_p": 0.05}, lambda: [t.MinPLogitsWarper(0.05)]),
+    (
+        {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+        lambda: [
+            t.TemperatureLogitsWarper(1.4),
+            t.TopKLogitsWarper(20),
+            t.TopPLogitsWarper(0.9),
+            t.MinPLogitsWarper(0.02),
+        ],
+    ),
+    ({"repetition_penalty": 1.3}, lambda: [t.RepetitionPenaltyLogitsProcessor(1.3)]),
+    (
+        {"repetition_penalty": 0.8, "temperature": 0.6, "top_p": 0.7},
+        lambda: [
+            t.RepetitionPenaltyLogitsProcessor(0.8),
+            t.TemperatureLogitsWarper(0.6),
+            t.TopPLogitsWarper(0.7),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("params", "processors"), PROCESSORS)
+def test_probabilities_equal_those_of_transformers(
+    params: dict[str, float], processors: Callable[[], list[Any]]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(16, VOCAB, generator=generator)
+    prompts = torch.randint(0, VOCAB, (16, 12), generator=generator)
+    theirs = logits.clone()
+    for processor in processors():
+        theirs = processor(prompts, theirs)
+    draws = [
+        Draw(SamplingParams(**params), 0, 0, prompt=tuple(row[:5]), output=tuple(row[5:]))  # type: ignore[arg-type]
+        for row in prompts.tolist()
+    ]
+    sequences = [each.sequence(stream) for stream, each in enumerate(draws)]
+    batches = SamplingBatches(VOCAB, 16)
+    rows, mine = batches.rows(sequences), logits.clone()
+    adjust(mine, rows, batches.inputs(sequences), batches.occurrences)
+    weights = probabilities(mine, rows)
+    expected = theirs.double().softmax(-1)
+    assert torch.equal(weights > 0, expected > 0)
+    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected, rtol=1e-5, atol=1e-9)

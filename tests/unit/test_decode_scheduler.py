@@ -3,6 +3,8 @@
 from typing import Any, cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.decode.pages import Reservation
@@ -12,7 +14,9 @@ from hma_serve.decode.sequence import Ending, Sequence
 EOS = 2
 
 
-def sequence(stream: int, prompt: int, computed: int = 0, **stop: Any) -> Sequence:
+def sequence(
+    stream: int, prompt: int, computed: int = 0, *, priority: int = 0, deadline: float | None = None, **stop: Any
+) -> Sequence:
     conditions = StopConditions(max_tokens=100, **stop)
     return Sequence(
         stream=stream,
@@ -26,15 +30,16 @@ def sequence(stream: int, prompt: int, computed: int = 0, **stop: Any) -> Sequen
         eos=frozenset({EOS}),
         max_tokens=5,
         vocab=1000,
+        priority=priority,
+        deadline=deadline,
     )
 
 
 def finish(shares: list[Share]) -> None:
     """What the engine does after a step, with a token that ends nothing."""
     for share in shares:
-        samples = share.samples
         share.sequence.computed += share.count
-        if samples:
+        if share.samples:
             share.sequence.accept(99)
 
 
@@ -51,19 +56,65 @@ def test_everybody_with_one_pending_token_is_in_every_step() -> None:
         finish(shares)
 
 
-def test_longer_work_shares_the_rest_first_come_first_served() -> None:
+def counts(shares: list[Share]) -> list[tuple[int, int, bool]]:
+    return [(share.sequence.stream, share.count, share.samples) for share in shares]
+
+
+def test_longer_work_shares_the_rest_equally() -> None:
     scheduler = Scheduler(step_tokens=64)
     for stream, prompt in enumerate((50, 30, 10)):
         scheduler.join(sequence(stream, prompt))
     first = scheduler.next_step()
-    assert [(share.sequence.stream, share.count, share.samples) for share in first] == [(0, 50, True), (1, 14, False)]
+    # 21 for each; what the last leaves goes to who joined first.
+    assert counts(first) == [(0, 33, False), (1, 21, False), (2, 10, True)]
     finish(first)
     second = scheduler.next_step()
-    assert [(share.sequence.stream, share.count, share.samples) for share in second] == [
-        (0, 1, True),
-        (1, 16, True),
-        (2, 10, True),
-    ]
+    assert counts(second) == [(2, 1, True), (0, 17, True), (1, 9, True)]
+
+
+def test_the_end_of_a_prompt_does_not_wait_for_a_whole_one() -> None:
+    scheduler = Scheduler(step_tokens=256)
+    scheduler.join(sequence(1, 10_000))
+    scheduler.join(sequence(2, 64, 32))
+    assert counts(scheduler.next_step()) == [(1, 224, False), (2, 32, True)]
+
+
+def test_higher_priority_computes_first_and_the_nearest_deadline_takes_what_is_left() -> None:
+    scheduler = Scheduler(step_tokens=64)
+    scheduler.join(sequence(1, 100))
+    scheduler.join(sequence(2, 40, deadline=50.0))
+    scheduler.join(sequence(3, 40, deadline=20.0))
+    assert counts(scheduler.next_step()) == [(3, 22, False), (2, 21, False), (1, 21, False)]
+    scheduler.join(sequence(4, 60, priority=1))
+    assert counts(scheduler.next_step()) == [(4, 60, True), (3, 2, False), (2, 1, False), (1, 1, False)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 300),
+    st.lists(st.tuples(st.integers(1, 400), st.integers(-1, 1), st.none() | st.floats(0, 9)), min_size=1, max_size=12),
+)
+def test_no_step_exceeds_its_budget_or_idles(budget: int, prompts: list[tuple[int, int, float | None]]) -> None:
+    scheduler = Scheduler(step_tokens=max(budget, len(prompts)))
+    for stream, (prompt, priority, deadline) in enumerate(prompts):
+        scheduler.join(sequence(stream, prompt, priority=priority, deadline=deadline))
+    shares = scheduler.next_step()
+    wanted = sum(prompt for prompt, _, _ in prompts)
+    assert sum(share.count for share in shares) == min(wanted, max(budget, len(prompts)))
+    assert all(1 <= share.count <= share.sequence.pending for share in shares)
+    assert len({share.sequence.stream for share in shares}) == len(shares)
+
+
+def test_an_awaited_token_is_carried_and_none_is_drawn_beyond_the_length() -> None:
+    scheduler = Scheduler(step_tokens=64)
+    running = sequence(1, 4)
+    scheduler.join(running)
+    running.computed, running.awaited, running.row = 4, 1, 3
+    (share,) = scheduler.next_step()
+    assert (share.start, share.count, share.samples, share.carried, list(share.tokens)) == (4, 1, True, 3, [])
+    running.tokens += [5, 6, 7, 8]
+    running.computed = 8
+    assert scheduler.next_step() == []
 
 
 def test_who_has_left_is_in_no_step() -> None:
@@ -100,15 +151,15 @@ def test_ignored_end_of_sequence_is_output() -> None:
 
 def test_endings_are_banned_until_min_tokens() -> None:
     running = sequence(1, 4, min_tokens=2, stop_token_ids=(77, 5000))
-    assert sorted(running.draw().banned) == [EOS, 77]
+    assert sorted(running.banned()) == [EOS, 77]
     running.accept(50)
     running.accept(51)
-    assert list(running.draw().banned) == []
+    assert list(running.banned()) == []
 
 
 def test_output_of_an_earlier_attempt_counts() -> None:
     running = sequence(1, 4)
     running.tokens += [60, 61, 62, 63]
-    assert running.draw().position == 4
+    assert running.draw_position == 4
     assert running.pending == 8
     assert running.accept(64) is Ending.LENGTH

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
@@ -11,14 +10,8 @@ from hma_serve.decode.scheduler import Share
 from hma_serve.decode.step_meter import StepMeter, Work
 
 
-@dataclass
-class Sequence:
-    computed: int
-    pending: int = 1
-
-
 def share(computed: int, count: int = 1) -> Share:
-    return Share(cast(Any, Sequence(computed, count)), count)
+    return Share(cast(Any, None), computed, count, samples=True, carried=None)
 
 
 def test_work_tells_single_tokens_from_prompts() -> None:

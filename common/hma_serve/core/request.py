@@ -81,6 +81,16 @@ class SamplingParams:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def filters(self) -> bool:
+        """Whether unlikely tokens are left out."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what was said before matters."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
         """Reads and validates the wire form; raises InvalidArgument."""

@@ -93,6 +93,7 @@ class DecodeAdmit(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     DEADLINE_NS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     """Minted by the front, never reused."""
     epoch: _builtins.int
@@ -102,6 +103,8 @@ class DecodeAdmit(_message.Message):
     v_codec: _builtins.str
     deadline_ns: _builtins.int
     """0: none."""
+    priority: _builtins.int
+    """Higher computes earlier where a step has no room for all."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -125,10 +128,11 @@ class DecodeAdmit(_message.Message):
         sampling: _common_pb2.SamplingParams | None = ...,
         stop: _common_pb2.StopConditions | None = ...,
         deadline_ns: _builtins.int = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ns", b"deadline_ns", "emitted_token_ids", b"emitted_token_ids", "epoch", b"epoch", "k_codec", b"k_codec", "packed_tokens", b"packed_tokens", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop", b"stop", "stream", b"stream", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ns", b"deadline_ns", "emitted_token_ids", b"emitted_token_ids", "epoch", b"epoch", "k_codec", b"k_codec", "packed_tokens", b"packed_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop", b"stop", "stream", b"stream", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,6 +61,7 @@ class Admission:
             sampling=request.sampling,
             stop=request.stop,
             deadline_ns=0 if seconds is None else time.monotonic_ns() + int(seconds * 1e9),
+            priority=request.context.priority,
         )
         admit.stop.max_tokens = max_tokens
         if request.packed_tokens:

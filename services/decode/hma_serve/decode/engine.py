@@ -14,7 +14,9 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from google.protobuf.message import Message
@@ -32,10 +34,9 @@ from hma_serve.core.errors import (
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.decode.pages import Need, PagePool
-from hma_serve.decode.runner import StepRunner
-from hma_serve.decode.sampler import Drawn, sample
 from hma_serve.decode.scheduler import Scheduler, Share
 from hma_serve.decode.sequence import Ending, Sequence
+from hma_serve.decode.step_loop import StepFailed, StepLoop, Token
 from hma_serve.decode.step_meter import StepMeter, Work
 from hma_serve.decode.tickets import Ticket, TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
@@ -84,9 +85,9 @@ class Engine:
 
     Args:
         pool: All pages.
-        runner: Computes steps.
         tickets: The table; its lease and clock are the engine's.
-        scheduler: Decides steps.
+        scheduler: Who runs.
+        steps: Computes the scheduler's steps.
         limits: What to refuse.
         arena: Where blocks arrive.
         emit: Sends events to the front, in order.
@@ -98,9 +99,9 @@ class Engine:
         self,
         *,
         pool: PagePool,
-        runner: StepRunner,
         tickets: TicketTable,
         scheduler: Scheduler,
+        steps: StepLoop,
         limits: EngineLimits,
         arena: Arena,
         emit: Callable[..., None],
@@ -108,9 +109,9 @@ class Engine:
         mint_seed: Callable[[], int] = lambda: secrets.randbits(64),
     ) -> None:
         self._pool = pool
-        self._runner = runner
         self._tickets = tickets
         self._scheduler = scheduler
+        self._loop = steps
         self._limits = limits
         self._arena = arena
         self._emit = emit
@@ -145,7 +146,7 @@ class Engine:
         self._step()
         self._report_load()
         self._send()
-        if not self._streams:
+        if not self._streams and self._loop.idle:
             # An idle engine proves that it lost nothing.
             self._pool.check_integrity()
         return self._patience()
@@ -204,6 +205,7 @@ class Engine:
             max_tokens=admit.stop.max_tokens,
             vocab=self._limits.vocab,
             deadline=admit.deadline_ns / 1e9 if admit.deadline_ns else None,
+            priority=admit.priority,
         )
         ticket = self._tickets.issue(admit.stream, admit.epoch, committed=not admit.packed_tokens)
         return _Stream(sequence, ticket, self._clock())
@@ -320,9 +322,8 @@ class Engine:
         stream = self._streams.pop(number, None)
         if stream is None:
             return False
-        self._scheduler.leave(number)
         push = self._tickets.drop(stream.ticket)
-        self._pool.free(stream.sequence.pages)
+        self._loop.leave(stream.sequence, partial(self._pool.free, stream.sequence.pages))
         if push is not None:
             reason = error or Unavailable("the request was cancelled while its KV was arriving")
             self._say(push_failed=pb.DecodePushFailed(push=push, error=error_detail(reason)))
@@ -331,54 +332,49 @@ class Engine:
     # Step.
 
     def _step(self) -> None:
-        shares = self._scheduler.next_step()
-        if not shares:
-            return
-        work, began = Work.of(shares), self._clock()
+        began = self._clock()
         try:
-            sampling, drawn = self._compute(shares)
-        except Exception as exc:
-            self._step_failed(shares, exc)
+            taken = self._loop.turn(self._take)
+        except StepFailed as exc:
+            self._step_failed(exc)
             return
+        if taken:
+            self._meter.note(Work.of(taken), self._clock() - began)
+
+    def _take(self, shares: Items[Share], tokens: Items[Token]) -> None:
+        """What a step gave."""
         self._failed_steps = 0
-        outputs = [self._advance(sequence, token) for sequence, token in zip(sampling, drawn, strict=True)]
+        outputs = [self._advance(token) for token in tokens]
         outputs += self._announced(shares)
         if outputs:
             self._say(step=pb.DecodeStep(outputs=outputs))
-        self._meter.note(work, self._clock() - began)
 
-    def _compute(self, shares: list[Share]) -> tuple[list[Sequence], list[Drawn]]:
-        """The sequences that get a token, and their tokens."""
-        sampling = [share.sequence for share in shares if share.samples]
-        logits = self._runner.run(shares)
-        for share in shares:
-            share.sequence.computed += share.count
-        return sampling, sample(logits, [sequence.draw() for sequence in sampling]) if sampling else []
-
-    def _step_failed(self, shares: list[Share], exc: Exception) -> None:
+    def _step_failed(self, failed: StepFailed) -> None:
         """A bug or a device error ends the streams of this step, not the others; an engine that only fails leaves."""
         self._failed_steps += 1
-        if self._failed_steps > _FAILED_STEPS:
-            raise exc
-        _log.error("a step with %d streams failed", len(shares), exc_info=exc)
-        for share in shares:
-            self._fail(share.sequence.stream, Internal("internal error; the log of the decode worker says more"))
+        if self._failed_steps > _FAILED_STEPS and failed.__cause__ is not None:
+            raise failed.__cause__
+        _log.error("%s", failed, exc_info=failed.__cause__)
+        for sequence in failed.sequences:
+            self._fail(sequence.stream, Internal("internal error; the log of the decode worker says more"))
 
-    def _advance(self, sequence: Sequence, drawn: Drawn) -> pb.DecodeStreamOutput:
+    def _advance(self, drawn: Token) -> pb.DecodeStreamOutput:
         """Takes a sequence's token; ends it if that was the last."""
+        sequence = drawn.sequence
+        length = sequence.output_tokens
         ending = sequence.accept(drawn.token)
         output = pb.DecodeStreamOutput(stream=sequence.stream)
         self._announce(self._streams[sequence.stream], output)
-        if ending is not Ending.STOP:
+        if sequence.output_tokens > length:
             output.tokens.token_ids.append(drawn.token)
-            if drawn.logprobs is not None:
-                output.tokens.logprobs.append(_logprobs(drawn))
+            if drawn.logprob is not None:
+                output.tokens.logprobs.append(_logprobs(drawn, drawn.logprob))
         if ending is not None:
             output.finished.CopyFrom(_finished(sequence, ending))
             self._drop(sequence.stream, None)
         return output
 
-    def _announced(self, shares: list[Share]) -> list[pb.DecodeStreamOutput]:
+    def _announced(self, shares: Items[Share]) -> list[pb.DecodeStreamOutput]:
         """Says of streams whose prompt takes several steps that they have started."""
         outputs = []
         for share in shares:
@@ -422,7 +418,7 @@ class Engine:
             self._outbox.clear()
 
     def _patience(self) -> float | None:
-        if len(self._scheduler):
+        if len(self._scheduler) or not self._loop.idle:
             return 0
         moments = [self._tickets.next_expiry(), *(s.sequence.deadline for s in self._streams.values())]
         soonest = min((moment for moment in moments if moment is not None), default=None)
@@ -434,9 +430,8 @@ def _finished(sequence: Sequence, ending: Ending) -> decode_pb2.DecodeFinished:
     return decode_pb2.DecodeFinished(reason=_REASONS[ending], stop_token_id=sequence.stop_token, usage=usage)
 
 
-def _logprobs(drawn: Drawn) -> common_pb2.TokenLogprobs:
-    assert drawn.logprobs is not None
+def _logprobs(drawn: Token, logprob: float) -> common_pb2.TokenLogprobs:
     return common_pb2.TokenLogprobs(
-        chosen=common_pb2.TokenLogprob(token_id=drawn.token, logprob=drawn.logprobs.chosen),
-        top=[common_pb2.TokenLogprob(token_id=token, logprob=value) for token, value in drawn.logprobs.top],
+        chosen=common_pb2.TokenLogprob(token_id=drawn.token, logprob=logprob),
+        top=[common_pb2.TokenLogprob(token_id=each.token, logprob=each.logprob) for each in drawn.top],
     )

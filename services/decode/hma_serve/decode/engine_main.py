@@ -21,7 +21,9 @@ from hma_serve.decode.attention import TorchPagedAttention
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import TorchStepRunner
+from hma_serve.decode.sampling_batch import SamplingBatches
 from hma_serve.decode.scheduler import Scheduler
+from hma_serve.decode.step_loop import StepLoop
 from hma_serve.decode.tickets import TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
@@ -79,11 +81,13 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         plain_dtype=dtype,
         capacity_tokens=args.kv_capacity_tokens,
     )
+    scheduler = Scheduler(max(args.step_tokens, args.max_running))
+    runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads))
     engine = Engine(
         pool=pool,
-        runner=TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads)),
         tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
-        scheduler=Scheduler(max(args.step_tokens, args.max_running)),
+        scheduler=scheduler,
+        steps=StepLoop(scheduler, runner, SamplingBatches(config.vocab_size, args.max_running)),
         limits=EngineLimits(args.max_running, frozenset(read_eos_token_ids(args.checkpoint)), config.vocab_size),
         arena=endpoint.arena,
         emit=endpoint.link.send,

@@ -2,6 +2,9 @@
 
 The tokens are prompt, then output. Output that an earlier attempt emitted is output like any other: it counts against
 the budget, positions of the random numbers go on behind it, and only its KV is computed again.
+
+A device may run ahead of the host: a token that was drawn there and is not known here yet is *awaited*. It is the next
+step's input all the same, straight from where it was drawn.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
+
+import torch
 
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.decode.pages import Reservation
-from hma_serve.decode.sampler import Draw
 
 
 class Ending(Enum):
@@ -20,6 +25,18 @@ class Ending(Enum):
 
     STOP = auto()
     LENGTH = auto()
+
+
+class Guide(Protocol):
+    """What a grammar says about the next token of one sequence."""
+
+    def allowed(self) -> torch.Tensor:
+        """The tokens that may come next: int32 [ceil(vocab / 32)], one bit a token, the lowest first."""
+        ...
+
+    def take(self, token: int) -> bool:
+        """Takes a drawn token; whether the text is complete and nothing may follow."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -30,8 +47,8 @@ class Sequence:
         stream: The front's number of it.
         pages: Its memory, enough for everything up to `max_tokens`.
         prompt_tokens: Length of the prompt.
-        tokens: Prompt and output.
-        computed: Tokens whose KV is in the pages; the packed ones from the start.
+        tokens: Prompt and output, as far as is known here.
+        computed: Tokens whose KV is in the pages or being computed; the packed ones from the start.
         sampling: How to draw.
         seed: The request's, or one drawn for it.
         stop: When to end; `max_tokens` counts all output, that of earlier attempts included.
@@ -39,6 +56,10 @@ class Sequence:
         max_tokens: Length of the output at most.
         vocab: Tokens there are.
         deadline: Seconds of the engine's clock.
+        priority: Higher computes earlier where a step has no room for all.
+        guide: The grammar that the output must follow.
+        awaited: Tokens drawn on the device that are not known here yet.
+        row: The sequence's row in the draw that gave the last awaited token.
     """
 
     stream: int
@@ -53,39 +74,34 @@ class Sequence:
     max_tokens: int
     vocab: int
     deadline: float | None = None
+    priority: int = 0
+    guide: Guide | None = None
+    awaited: int = 0
+    row: int = 0
     stop_token: int | None = None
     _endings: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        eos = frozenset() if self.stop.ignore_eos else self.eos
+        # What a grammar calls complete ends by an end-of-sequence token, whatever else was asked.
+        eos = frozenset() if self.stop.ignore_eos and self.guide is None else self.eos
         self._endings = eos | frozenset(self.stop.stop_token_ids)
 
     @property
     def pending(self) -> int:
-        """Tokens whose KV is still to be computed; the last of them gives the next token."""
-        return len(self.tokens) - self.computed
+        """Tokens whose KV is still to be computed; the last of them gives the next token. 0: no more may be drawn."""
+        if self.output_tokens + self.awaited >= self.max_tokens:
+            return 0
+        return len(self.tokens) + self.awaited - self.computed
 
     @property
     def output_tokens(self) -> int:
-        """Length of the output."""
+        """Length of the output, as far as is known here."""
         return len(self.tokens) - self.prompt_tokens
 
-    def next_tokens(self, count: int) -> Items[int]:
-        """The first `count` pending tokens."""
-        return self.tokens[self.computed : self.computed + count]
-
-    def draw(self) -> Draw:
-        """What the sampler must know to draw the next token."""
-        penalised = self.sampling.repetition_penalty != 1.0
-        counted = penalised or self.sampling.presence_penalty != 0.0 or self.sampling.frequency_penalty != 0.0
-        return Draw(
-            params=self.sampling,
-            seed=self.seed,
-            position=self.output_tokens,
-            banned=self._banned(),
-            prompt=self.tokens[: self.prompt_tokens] if penalised else (),
-            output=self.tokens[self.prompt_tokens :] if counted else (),
-        )
+    @property
+    def draw_position(self) -> int:
+        """Number in the output of the token that is drawn next, or being drawn."""
+        return self.output_tokens + max(0, self.awaited - 1)
 
     def accept(self, token: int) -> Ending | None:
         """Takes a drawn token; a token that ends the sequence is not part of the output."""
@@ -93,9 +109,12 @@ class Sequence:
             self.stop_token = token
             return Ending.STOP
         self.tokens.append(token)
+        if self.guide is not None and self.guide.take(token):
+            return Ending.STOP
         return Ending.LENGTH if self.output_tokens >= self.max_tokens else None
 
-    def _banned(self) -> Items[int]:
-        if self.output_tokens >= self.stop.min_tokens:
+    def banned(self) -> Items[int]:
+        """Tokens that may not be drawn yet."""
+        if self.draw_position >= self.stop.min_tokens:
             return ()
         return [token for token in self._endings if token < self.vocab]

@@ -29,14 +29,14 @@ class Work:
 
     @classmethod
     def of(cls, shares: Iterable[Share]) -> Work:
-        """The work of a step that has not run yet."""
+        """The work of a step."""
         tokens, context, pairs = 0, 0, 0.0
         for share in shares:
             tokens += share.count
             if share.count == 1:
-                context += share.sequence.computed + 1
+                context += share.start + 1
             else:
-                pairs += attended_pairs(share.count, share.sequence.computed)
+                pairs += attended_pairs(share.count, share.start)
         return cls(tokens, context, pairs)
 
 
