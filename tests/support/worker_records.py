@@ -38,6 +38,7 @@ def a_worker(role: WorkerRole = WorkerRole.DECODE, instance: str = "", address: 
             head_dim=64,
             vocab=4096,
             rope=RopeSpec(KvRopePairing.HALF_SPLIT, 1e6, "cd" * 32),
+            kv_fingerprint="ef" * 32,
         ),
         codecs=(
             CodecSpec(KvCodecId.TT_BFP8_B, 1, KvScaleGranularity.TENSOR, KvRounding.NEAREST_EVEN),

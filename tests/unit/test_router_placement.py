@@ -108,6 +108,14 @@ def test_rope_must_agree_too() -> None:
     assert not compatible(one, replace(other, model=turned))
 
 
+def test_k_offsets_must_agree_too() -> None:
+    one, other = fake_worker(WorkerRole.PREFILL), fake_worker(WorkerRole.DECODE)
+    offset = replace(one, model=replace(one.model, kv_fingerprint="0f" * 32))
+    assert not compatible(offset, other)
+    assert compatible(offset, replace(other, model=replace(other.model, kv_fingerprint="0f" * 32)))
+    assert not compatible(offset, replace(other, model=replace(other.model, kv_fingerprint="1f" * 32)))
+
+
 def test_a_busier_decode_is_taken_when_only_it_has_a_partner() -> None:
     both = (KvCodecId.F32, KvCodecId.BF16)
     fleet = Fleet(

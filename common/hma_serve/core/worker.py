@@ -176,7 +176,7 @@ class ModelInfo:
 
     Attributes:
         id: The name clients ask for.
-        fingerprint: SHA-256 hex of weights revision, config and K offset; two workers pair only if theirs are equal.
+        fingerprint: SHA-256 hex of weights revision and config.
         layers: Decoder layers.
         hidden: Width of the residual stream.
         heads: Query heads.
@@ -184,6 +184,7 @@ class ModelInfo:
         head_dim: Channels of one head.
         vocab: Size of the output.
         rope: How keys were turned.
+        kv_fingerprint: `fingerprint` with the hash of the K offsets that keys are packed with; empty: there are none.
     """
 
     id: str
@@ -195,6 +196,12 @@ class ModelInfo:
     head_dim: int
     vocab: int
     rope: RopeSpec = field(default_factory=RopeSpec)
+    kv_fingerprint: str = ""
+
+    @property
+    def stream_fingerprint(self) -> str:
+        """What KV streams carry; two workers pair only if theirs are equal."""
+        return self.kv_fingerprint or self.fingerprint
 
     @classmethod
     def from_proto(cls, message: worker_pb2.ModelInfo) -> ModelInfo:
@@ -209,6 +216,7 @@ class ModelInfo:
             head_dim=message.head_dim,
             vocab=message.vocab,
             rope=RopeSpec.from_proto(message.rope),
+            kv_fingerprint=message.kv_fingerprint,
         )
 
     def to_proto(self) -> worker_pb2.ModelInfo:
@@ -223,6 +231,7 @@ class ModelInfo:
             head_dim=self.head_dim,
             vocab=self.vocab,
             rope=self.rope.to_proto(),
+            kv_fingerprint=self.kv_fingerprint,
         )
 
 

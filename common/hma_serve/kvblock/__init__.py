@@ -28,7 +28,7 @@ from hma_serve.kvblock.manifest import (
     validate_manifest,
 )
 from hma_serve.kvblock.negotiation import check_semantics, describe_support, negotiate, semantic_hash
-from hma_serve.kvblock.offset import OffsetCalibration, OffsetTable
+from hma_serve.kvblock.offset import MAX_TABLE_BYTES, OffsetCalibration, OffsetTable
 from hma_serve.kvblock.pairing import Acceptance, check_offer, check_plan
 from hma_serve.kvblock.rope import channel_order
 from hma_serve.kvblock.split import Rectangle, split_blocks
@@ -41,6 +41,7 @@ __all__ = [
     "GROUP_TOKENS",
     "HEADER_ROOM_BYTES",
     "MAX_MESSAGE_BYTES",
+    "MAX_TABLE_BYTES",
     "Acceptance",
     "Block",
     "Codec",

@@ -63,6 +63,24 @@ class OffsetTable:
                 out[head] = vector
         return out
 
+    def array(self, layers: int, heads: int, head_dim: int) -> NDArray[np.float32]:
+        """As `layer`, of all layers of a model whose layers are alike: float32 [layers, heads, head_dim]."""
+        return np.stack([self.layer(layer, heads, head_dim) for layer in range(layers)])
+
+    def check_shape(self, layers: int, heads: int, head_dim: int) -> None:
+        """Refuse a table that a model whose layers are alike has no place for.
+
+        Raises:
+            BadOffset: Naming the vector.
+        """
+        for (layer, head), vector in self.vectors.items():
+            if layer >= layers or head >= heads or vector.size != head_dim:
+                raise BadOffset(
+                    f"layer {layer}, head {head} has {vector.size} channels; the model has {layers} layers of {heads} "
+                    f"heads with {head_dim}",
+                    field="k_offsets",
+                )
+
     def digest(self) -> str:
         """SHA-256 hex over layer, head, head_dim (uint32) and values (float32), little-endian, ascending."""
         digest = hashlib.sha256(_SCHEME)
@@ -106,13 +124,13 @@ class OffsetTable:
         return table.SerializeToString(deterministic=True)
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, model_fingerprint: str, profile: str) -> OffsetTable:
+    def from_bytes(cls, data: bytes, *, model_fingerprint: str | None, profile: str | None) -> OffsetTable:
         """Read a table file.
 
         Args:
             data: The whole file.
-            model_fingerprint: Of the model it is to be used with.
-            profile: Of the producer.
+            model_fingerprint: Of the model it is to be used with; None: any.
+            profile: Of the producer; None: any.
 
         Raises:
             BadOffset: Too large, damaged, or of another model or profile.
@@ -127,7 +145,7 @@ class OffsetTable:
             ("model_fingerprint", table.model_fingerprint, model_fingerprint),
             ("profile", table.profile, profile),
         ):
-            if found != wanted:
+            if wanted is not None and found != wanted:
                 raise BadOffset(f"the table was calibrated for {found[:80]!r}, not {wanted!r}", field=field)
         return cls.from_proto(table.offsets)
 

@@ -16,12 +16,12 @@ from hma_serve.kvblock.offset import OffsetTable
 from hma_serve.v1.kv_block_pb2 import KvRope, KvRopePairing, KvSemantics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from hma_serve.kvblock.codecs import Codec
     from hma_serve.kvblock.manifest import StreamPlan
     from hma_serve.v1.decode_pb2 import KvOffer
-    from hma_serve.v1.kv_block_pb2 import KvCodecSpec
+    from hma_serve.v1.kv_block_pb2 import KvCodecSpec, KvOffset
 
 
 _SHOWN: Final = 80
@@ -83,13 +83,13 @@ def check_offer(offer: KvOffer, accepts: Acceptance) -> None:
         Incompatible: Naming the field that differs.
         UnknownCodec: A codec of which this build knows nothing.
     """
-    _same("model_fingerprint", offer.model_fingerprint, accepts.model_fingerprint)
+    _check_offsets(bool(offer.k_offsets), accepts)
+    _check_fingerprint(offer.model_fingerprint, accepts)
     _check_codec("k_codec", offer.k_codec, accepts)
     _check_codec("v_codec", offer.v_codec, accepts)
     _check_rope(offer.rope, accepts)
     if offer.HasField("semantics"):
         check_semantics(offer.semantics, accepts.semantics)
-    _check_offsets(bool(offer.k_offsets), accepts)
 
 
 def check_plan(plan: StreamPlan, accepts: Acceptance) -> None:
@@ -99,21 +99,33 @@ def check_plan(plan: StreamPlan, accepts: Acceptance) -> None:
         Incompatible: Naming the field that differs.
     """
     manifest = plan.manifest
-    _same("model_fingerprint", manifest.model_fingerprint, accepts.model_fingerprint)
+    _check_table(manifest.k_offsets, accepts)
+    _check_fingerprint(manifest.model_fingerprint, accepts)
     _check_geometry(plan, accepts)
     for index, spec in enumerate(manifest.codecs):
         _check_codec(f"codecs[{index}]", spec, accepts)
     _check_rope(manifest.rope, accepts)
     _same("qk_norm", manifest.qk_norm, accepts.qk_norm)
     _same("rotation_id", manifest.rotation_id, accepts.rotation_id)
-    _check_offsets(bool(manifest.k_offsets), accepts)
-    if accepts.k_offset_digest is not None:
-        _same("k_offsets", OffsetTable.from_proto(manifest.k_offsets).digest(), accepts.k_offset_digest)
 
 
 def _check_offsets(offered: bool, accepts: Acceptance) -> None:
+    """Before the fingerprint, which offsets are part of, so that the difference has its own name."""
     if offered and not accepts.k_offsets:
         raise Incompatible("the producer subtracts K offsets, the receiver does not add them", field="k_offsets")
+    if not offered and accepts.k_offset_digest is not None:
+        raise Incompatible("the receiver adds K offsets, the producer does not subtract them", field="k_offsets")
+
+
+def _check_table(offsets: Sequence[KvOffset], accepts: Acceptance) -> None:
+    _check_offsets(bool(offsets), accepts)
+    if accepts.k_offset_digest is not None:
+        _same("k_offsets", OffsetTable.from_proto(offsets).digest(), accepts.k_offset_digest, "(hash of the table)")
+
+
+def _check_fingerprint(offered: str, accepts: Acceptance) -> None:
+    covers = "" if accepts.k_offset_digest is None else "(of the model and its K offsets)"
+    _same("model_fingerprint", offered, accepts.model_fingerprint, covers)
 
 
 def _check_geometry(plan: StreamPlan, accepts: Acceptance) -> None:

@@ -130,6 +130,7 @@ class ModelInfo(_message.Message):
     HEAD_DIM_FIELD_NUMBER: _builtins.int
     VOCAB_FIELD_NUMBER: _builtins.int
     ROPE_FIELD_NUMBER: _builtins.int
+    KV_FINGERPRINT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     fingerprint: _builtins.str
     layers: _builtins.int
@@ -138,6 +139,10 @@ class ModelInfo(_message.Message):
     kv_heads: _builtins.int
     head_dim: _builtins.int
     vocab: _builtins.int
+    kv_fingerprint: _builtins.str
+    """What KV streams carry as their fingerprint when keys are packed with K offsets, whose hash is part of it. Empty:
+    there are no offsets, and they carry `fingerprint`.
+    """
     @_builtins.property
     def rope(self) -> _kv_block_pb2.KvRope: ...
     def __init__(
@@ -152,10 +157,11 @@ class ModelInfo(_message.Message):
         head_dim: _builtins.int = ...,
         vocab: _builtins.int = ...,
         rope: _kv_block_pb2.KvRope | None = ...,
+        kv_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rope", b"rope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "head_dim", b"head_dim", "heads", b"heads", "hidden", b"hidden", "id", b"id", "kv_heads", b"kv_heads", "layers", b"layers", "rope", b"rope", "vocab", b"vocab"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "head_dim", b"head_dim", "heads", b"heads", "hidden", b"hidden", "id", b"id", "kv_fingerprint", b"kv_fingerprint", "kv_heads", b"kv_heads", "layers", b"layers", "rope", b"rope", "vocab", b"vocab"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,18 +7,29 @@ and a reader that says which rule a file breaks, and where.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from hma_serve.cli.kv_capture import Capture, read_capture
+from hma_serve.cli.kv_pipes import (
+    WrongData,
+    WrongUse,
+    abandon_stdout,
+    printable,
+    read_exactly,
+    read_file,
+    require_stdout,
+    write_bytes,
+)
 from hma_serve.cli.kv_report import as_json, as_table
 from hma_serve.cli.kv_vectors import INDEX, verify_vectors, write_vectors
+from hma_serve.core.errors import HmaError
 from hma_serve.kvblock import GROUP_TOKENS, Codec, KvFormatError, codec, codec_names
 from hma_serve.v1.kv_block_pb2 import (
     KV_ROUNDING_NEAREST_AWAY,
@@ -31,7 +42,7 @@ EXIT_STATUSES: Final = """exit status: 0 right; 1 the data breaks a rule (stderr
 _WRONG_DATA: Final = 1
 _WRONG_USE: Final = 2
 _BROKEN_PIPE: Final = 141
-_MAX_FILE_BYTES: Final = 8 << 30
+_MOST_DIGITS: Final = 12
 _ROUNDINGS: Final = {
     "nearest_even": KV_ROUNDING_NEAREST_EVEN,
     "nearest_away": KV_ROUNDING_NEAREST_AWAY,
@@ -64,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     vectors = commands.add_parser("vectors", help="write the golden vectors", epilog=EXIT_STATUSES)
     vectors.add_argument("out", metavar="OUT", type=Path, help="folder; made if it is not there")
+    _add_calibrate(commands.add_parser("calibrate", help="draw K offsets from prompts", epilog=EXIT_STATUSES))
     return parser
 
 
@@ -72,29 +84,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        status = _run(args)
+        require_stdout()
+        status = _COMMANDS[args.command](args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is flushed into it at exit
+        abandon_stdout()
         return _BROKEN_PIPE
-    except KvFormatError as error:
-        print(f"{parser.prog} {args.command}: {error.message}", file=sys.stderr)
-        return _WRONG_DATA
-    except _WrongData as error:
-        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
-        return _WRONG_DATA
-    except (OSError, _WrongUse) as error:
-        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
-        return _WRONG_USE
+    except (KvFormatError, HmaError) as error:
+        status = _WRONG_DATA if isinstance(error, KvFormatError) else _WRONG_USE
+        return _fail(args.command, error.message, status)
+    except WrongData as error:
+        return _fail(args.command, str(error), _WRONG_DATA)
+    except (WrongUse, OSError) as error:
+        abandon_stdout()  # it may be what failed
+        return _fail(args.command, str(error), _WRONG_USE)
+    except MemoryError:
+        return _fail(args.command, "there is not enough memory for this much at once", _WRONG_USE)
     return status
 
 
-class _WrongData(Exception):
-    """The input is not what the options say, or cannot be packed."""
-
-
-class _WrongUse(Exception):
-    """What was asked for cannot be done; the message says why."""
+def _fail(command: str, message: str, status: int) -> int:
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"hma-serve kv {command}: {printable(message)}", file=sys.stderr)
+    return status
 
 
 def _add_shape(parser: argparse.ArgumentParser) -> None:
@@ -106,46 +119,44 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Runs a text through a prefill profile and writes the mean of each layer's and KV head's keys, which prefill "
+        "and decode take with --k-offsets. Use texts and lengths like those that will be served."
+    )
+    parser.add_argument("--model", required=True, metavar="demo|DIR|HUB_ID", help="the checkpoint")
+    parser.add_argument("--profile", required=True, help="of the prefill workers that will use the table")
+    parser.add_argument("--text", required=True, type=Path, nargs="+", metavar="FILE", help="what to run, UTF-8")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the table; - writes to stdout")
+    parser.add_argument("--tokens", type=_positive, default=1024, help="of a prompt, at most (default: %(default)s)")
+    parser.add_argument("--prompts", type=_positive, default=16, help="at most (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="kind of accelerator (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, help="of the arithmetic (default: all cores)")
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def _run(args: argparse.Namespace) -> int:
-    if args.command == "encode":
-        return _encode(args)
-    if args.command == "decode":
-        return _decode(args)
-    if args.command == "inspect":
-        return _inspect(args)
-    if args.command == "verify":
-        return _verify(args.path)
-    count = write_vectors(args.out)
-    print(f"{count} files in {args.out}")
-    return 0
+    if not (text.isascii() and text.isdigit() and 0 < len(text) <= _MOST_DIGITS and int(text)):
+        raise argparse.ArgumentTypeError(f"{printable(text[:20])!r} is not a positive whole number in reach")
+    return int(text)
 
 
 def _encode(args: argparse.Namespace) -> int:
     packer = _packer(args)
-    values = np.frombuffer(_stdin(4 * args.heads * args.rows * args.cols), dtype="<f4")
+    values = np.frombuffer(read_exactly(4 * args.heads * args.rows * args.cols), dtype="<f4")
     try:
         units = packer.encode(values.reshape(args.heads, args.rows, args.cols), _ROUNDINGS[args.rounding])
     except ValueError as error:
-        raise _WrongData(str(error)) from error
-    sys.stdout.buffer.write(np.ascontiguousarray(units).data)
-    sys.stdout.buffer.flush()
+        raise WrongData(str(error)) from error
+    write_bytes(np.ascontiguousarray(units))
     return 0
 
 
 def _decode(args: argparse.Namespace) -> int:
     packer = _packer(args)
-    payload = _stdin(packer.payload_bytes(args.heads, args.rows, args.cols))
+    payload = read_exactly(packer.payload_bytes(args.heads, args.rows, args.cols))
     packer.check_payload(payload, args.heads, args.rows, args.cols)
     values = packer.decode(payload, args.heads, args.rows, args.cols)
-    sys.stdout.buffer.write(np.ascontiguousarray(values, dtype="<f4").data)
-    sys.stdout.buffer.flush()
+    write_bytes(np.ascontiguousarray(values, dtype="<f4"))
     return 0
 
 
@@ -154,47 +165,27 @@ def _packer(args: argparse.Namespace) -> Codec:
         packer = codec(args.codec)
         packer.check_geometry(args.cols)
     except KvFormatError as error:
-        raise _WrongUse(error.message) from error
+        raise WrongUse(error.message) from error
     if args.rows % GROUP_TOKENS:
-        raise _WrongUse(f"--rows {args.rows} is not a multiple of {GROUP_TOKENS}")
+        raise WrongUse(f"--rows {args.rows} is not a multiple of {GROUP_TOKENS}")
     return packer
 
 
-def _stdin(size: int) -> bytes:
-    """All of it, which must be this long; not more than one byte beyond is read."""
-    data = sys.stdin.buffer.read(size + 1)
-    if len(data) != size:
-        found = "more bytes" if len(data) > size else f"{len(data)} bytes"
-        raise _WrongData(f"stdin has {found}, not the {size} of these rows and columns")
-    return data
-
-
-def _read_file(name: str) -> bytes:
-    if name == "-":
-        data = sys.stdin.buffer.read(_MAX_FILE_BYTES + 1)
-    else:
-        with Path(name).open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    if len(data) > _MAX_FILE_BYTES:
-        raise _WrongUse(f"{name} is larger than {_MAX_FILE_BYTES} bytes")
-    return data
-
-
 def _inspect(args: argparse.Namespace) -> int:
-    capture = read_capture(_read_file(args.file))
+    capture = read_capture(read_file(args.file))
     print(json.dumps(as_json(capture), indent=2) if args.json else as_table(capture))
     return _WRONG_DATA if capture.problems else 0
 
 
-def _verify(path: str) -> int:
-    folder = Path(path)
-    if path == "-" or not folder.is_dir():
-        return _judge(path, read_capture(_read_file(path)))
-    captures = sorted(folder.rglob("*.kv"))
+def _verify(args: argparse.Namespace) -> int:
+    folder = Path(args.path)
+    if args.path == "-" or not folder.is_dir():
+        return _judge(args.path, read_capture(read_file(args.path)))
+    captures = sorted(path for path in folder.rglob("*.kv") if path.is_file())
     index = folder / INDEX
     if not captures and not index.exists():
-        raise _WrongUse(f"{path} holds neither captures (*.kv) nor an {INDEX}")
-    statuses = [_judge(str(file.relative_to(folder)), read_capture(_read_file(str(file)))) for file in captures]
+        raise WrongUse(f"{args.path} holds neither captures (*.kv) nor an {INDEX}")
+    statuses = [_judge(str(file.relative_to(folder)), read_capture(read_file(str(file)))) for file in captures]
     if index.exists():
         problems, checked = verify_vectors(index)
         for problem in problems:
@@ -204,13 +195,40 @@ def _verify(path: str) -> int:
     return max(statuses)
 
 
+def _vectors(args: argparse.Namespace) -> int:
+    count = write_vectors(args.out)
+    print(f"{count} files in {printable(str(args.out))}")
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    try:
+        from hma_serve.cli import kv_calibrate  # brings torch, which nothing else here needs
+    except ModuleNotFoundError as error:
+        raise WrongUse(f"the package {error.name!r} is missing; install hma-serve[local]") from error
+    told = kv_calibrate.run(args)
+    print(told, file=sys.stderr if args.output == "-" else sys.stdout)
+    return 0
+
+
 def _judge(name: str, capture: Capture) -> int:
+    name = printable(name)
     for problem in capture.problems:
-        print(f"{name}: {problem}")
+        print(printable(f"{name}: {problem}"))
     if capture.problems:
         return _WRONG_DATA
     print(f"{name}: right: {capture.summary}")
     return 0
+
+
+_COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
+    "encode": _encode,
+    "decode": _decode,
+    "inspect": _inspect,
+    "verify": _verify,
+    "vectors": _vectors,
+    "calibrate": _calibrate,
+}
 
 
 if __name__ == "__main__":

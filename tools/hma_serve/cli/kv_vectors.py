@@ -1,8 +1,8 @@
 """The golden vectors: fixed values, their payload and meaning in every codec, and complete streams.
 
-A reader's author compares decoded values, a producer's author payloads (exactly, or within twice the reference
-encoder's error, because the format fixes decoding and leaves encoding free). Values come from integer arithmetic alone,
-so that every machine and every year writes the same files.
+A reader's author compares decoded values, a producer's author payloads (exactly, or within a step of each value,
+because the format fixes decoding and leaves encoding free). Values come from integer arithmetic alone, so that every
+machine and every year writes the same files.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hma_serve.cli.kv_meaning import compare
+from hma_serve.cli.kv_pipes import printable, read_listed
 from hma_serve.kvblock import (
-    Codec,
+    GROUP_TOKENS,
     KvFormatError,
     LayerKv,
     OffsetTable,
@@ -168,53 +170,62 @@ def verify_vectors(index: Path) -> tuple[list[str], int]:
     """Checks the payloads that an index lists: sizes, banned codes, and the values they mean. BLOCKING.
 
     Returns:
-        What is wrong, and how many payloads were checked.
+        What is wrong, and how many payloads were checked. An index that lists none proves nothing, and is wrong.
     """
     try:
-        listing = json.loads(_bounded(index, _MAX_INDEX_BYTES))
-        values_file, entries = index.parent / listing["values"], list(listing["vectors"])
-        values = np.frombuffer(_bounded(values_file, _MAX_PAYLOAD_BYTES), dtype="<f4")
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{index.name}: not an index of vectors: {error!r}"], 0
-    problems = []
-    for entry in entries:
-        problem = _verify_entry(index.parent, entry, values)
-        if problem:
-            problems.append(problem)
+        listing = json.loads(read_listed(index, _MAX_INDEX_BYTES))
+        entries = listing["vectors"]
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("it lists no vectors")
+        values = np.frombuffer(read_listed(_within(index.parent, listing["values"]), _MAX_PAYLOAD_BYTES), dtype="<f4")
+        if not np.isfinite(values).all():
+            raise ValueError("the values hold Inf or NaN")
+    except RecursionError:
+        return [f"{index.name}: not an index of vectors: it is nested too deeply"], 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{index.name}: not an index of vectors: {_said(error)}"], 0
+    problems = [problem for entry in entries if (problem := _verify_entry(index.parent, entry, values))]
     return problems, len(entries)
 
 
-def _verify_entry(folder: Path, entry: dict[str, Any], values: NDArray[np.float32]) -> str:
+def _verify_entry(folder: Path, entry: Any, values: NDArray[np.float32]) -> str:
     try:
-        name, shape = str(entry["payload"]), (int(entry["heads"]), int(entry["tokens"]), int(entry["head_dim"]))
-        packer = codec(str(entry["codec"]))
-        wanted = values.reshape(shape)
-        payload = _bounded(folder / name, _MAX_PAYLOAD_BYTES)
+        name = printable(str(entry["payload"]))
+        packer, shape = codec(str(entry["codec"])), _shape(entry, values.size)
+        payload = read_listed(_within(folder, entry["payload"]), _MAX_PAYLOAD_BYTES)
         packer.check_payload(payload, *shape)
+        problem = compare(packer, payload, values.reshape(shape))
     except KvFormatError as error:
-        return f"{entry.get('payload')}: {error.message}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{entry}: {error!r}"
-    return _compare(name, packer, payload, wanted)
+        return f"{name}: {error.message}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{printable(str(entry)[:200])}: {_said(error)}"
+    return f"{name}: {problem}" if problem else ""
 
 
-def _compare(name: str, packer: Codec, payload: bytes, values: NDArray[np.float32]) -> str:
-    right = packer.decode(packer.encode(values).tobytes(), *values.shape)
-    found = packer.decode(payload, *values.shape)
-    allowed = 2 * np.linalg.norm((right - values).astype(np.float64)) + 1e-6 * np.linalg.norm(values.astype(np.float64))
-    error = np.linalg.norm((found - values).astype(np.float64))
-    if error <= allowed:
-        return ""
-    worst = tuple(int(index) for index in np.unravel_index(np.abs(found - values).argmax(), values.shape))
-    return (
-        f"{name}: meaning: the decoded values are {error:.6g} from the input where {allowed:.6g} is allowed; worst, at "
-        f"(head, token, channel) {worst}, is {found[worst]:g}, not {values[worst]:g}"
-    )
+def _shape(entry: Any, size: int) -> tuple[int, int, int]:
+    heads, tokens, head_dim = (entry[name] for name in ("heads", "tokens", "head_dim"))
+    for name, number in (("heads", heads), ("tokens", tokens), ("head_dim", head_dim)):
+        if type(number) is not int or number <= 0:
+            raise ValueError(f"{name} is not a positive whole number")
+    if tokens % GROUP_TOKENS:
+        raise ValueError(f"{tokens} tokens are not whole groups of {GROUP_TOKENS}")
+    if heads * tokens * head_dim != size:
+        raise ValueError(f"there are {size} values, not {heads} x {tokens} x {head_dim}")
+    return heads, tokens, head_dim
 
 
-def _bounded(path: Path, limit: int) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path.name} is larger than {limit} bytes")
-    return data
+def _within(folder: Path, name: Any) -> Path:
+    """The path of a file that the index names, which must lie in the index's folder."""
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{printable(str(name))} lies outside of the folder")
+    return path
+
+
+def _said(error: Exception) -> str:
+    """An error in words; those of missing fields and of files need some."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, OSError):
+        return f"{printable(str(error.filename))}: {error.strerror}"
+    return printable(str(error))

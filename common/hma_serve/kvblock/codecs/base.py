@@ -57,6 +57,7 @@ class Codec(ABC):
         version: Version of the decode function.
         granularity: What one scale covers, where the codec leaves it open.
         shared_bytes: The last bytes of a unit that repeat a scale of more than the unit; see `Coverage`.
+        rounds: Encoding may lose something.
     """
 
     id: KvCodecId.ValueType
@@ -64,6 +65,7 @@ class Codec(ABC):
     version: int = 1
     granularity: KvScaleGranularity.ValueType = KV_SCALE_GRANULARITY_UNSPECIFIED
     shared_bytes: int = 0
+    rounds: bool = True
 
     def __repr__(self) -> str:
         return f"<codec {self.name} v{self.version}>"
@@ -125,6 +127,10 @@ class Codec(ABC):
         """Decode a payload whose size is right."""
 
     @abstractmethod
+    def _steps(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        """`steps` of a payload whose size is right."""
+
+    @abstractmethod
     def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
         """Say which banned code the payload holds, or return an empty string."""
 
@@ -146,6 +152,24 @@ class Codec(ABC):
             TrailingBytes: More bytes than that.
         """
         return self._decode(self._sized(payload, heads, tokens, head_dim), heads, tokens, head_dim)
+
+    def steps(self, payload: Payload, heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        """How finely a payload's own scales resolve each of its values, for tests and tools.
+
+        Args:
+            payload: As `decode`.
+            heads: As `decode`.
+            tokens: As `decode`.
+            head_dim: As `decode`.
+
+        Returns:
+            float32 [heads, tokens, head_dim]: from each value to the farther one of its two neighbours among the values
+            that the codec has under the value's scale. 0: the codec is exact, or the scale is 0.
+
+        Raises:
+            KvFormatError: As `decode`.
+        """
+        return self._steps(self._sized(payload, heads, tokens, head_dim), heads, tokens, head_dim)
 
     def check_payload(self, payload: Payload, heads: int, tokens: int, head_dim: int) -> None:
         """Refuse a payload of the wrong size or with codes that may not travel.

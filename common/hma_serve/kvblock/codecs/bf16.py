@@ -51,6 +51,9 @@ class Bf16(Codec):
         bits = payload.view("<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(heads, tokens, head_dim)
 
+    def _steps(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        return np.spacing(np.abs(self._decode(payload, heads, tokens, head_dim))) * np.float32(2**16)
+
     def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         positive = int(payload.view("<i2").max()) >= _FIRST_NON_FINITE

@@ -23,6 +23,7 @@ class F32(Codec):
 
     id = KV_CODEC_ID_F32
     name = "f32"
+    rounds = False
 
     def group_bytes(self, head_dim: int) -> int:
         """128 bytes a channel."""
@@ -44,6 +45,10 @@ class F32(Codec):
 
     def _decode(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
         return payload.view("<f4").reshape(heads, tokens, head_dim).astype(np.float32)
+
+    def _steps(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        del payload
+        return np.zeros((heads, tokens, head_dim), dtype=np.float32)
 
     def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim

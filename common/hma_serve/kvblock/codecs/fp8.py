@@ -122,6 +122,10 @@ class Fp8(ScaledCodec):
         values: NDArray[np.float32] = self._element.values[codes] * as_float32(scales)[..., None]
         return values
 
+    def _gaps(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+        gaps: NDArray[np.float32] = self._element.gaps[codes] * as_float32(scales)[..., None]
+        return gaps
+
     def _banned_scale(self, scales: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         return banned_float32(scales, self._element.largest)

@@ -58,6 +58,9 @@ class Int8(ScaledCodec):
     def _values(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
         return codes.view(np.int8).astype(np.float32) * as_float32(scales)[..., None]
 
+    def _gaps(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.broadcast_to(as_float32(scales)[..., None], codes.shape)
+
     def _banned_scale(self, scales: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         return banned_float32(scales, 128)
@@ -112,6 +115,12 @@ class Int4(ScaledCodec):
         scale, zero = (part.astype(np.float32)[..., None] for part in self._halves(scales))
         values = self._groups(codes.astype(np.float32)) * scale + zero
         return np.ascontiguousarray(self._ungroup(values, codes.shape[2]), dtype=np.float32)
+
+    def _gaps(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+        scale, zero = self._halves(scales)
+        steps = (scale.astype(np.float32) + np.spacing(np.abs(zero)).astype(np.float32))[..., None]  # zero is rounded
+        groups = self._groups(np.zeros(codes.shape, dtype=np.float32)) + steps
+        return np.ascontiguousarray(self._ungroup(groups, codes.shape[2]), dtype=np.float32)
 
     def _banned_scale(self, scales: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim

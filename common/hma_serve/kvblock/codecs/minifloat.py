@@ -26,6 +26,7 @@ class MiniFloat:
         values: float32 [codes], by code.
         banned: bool [codes], by code.
         largest: The largest value.
+        gaps: float32 [codes], by code: to the farther neighbour among the values.
     """
 
     def __init__(
@@ -43,6 +44,10 @@ class MiniFloat:
         self.largest: Final = float(np.nanmax(self.values))
         self._negative_zero = negative_zero
         positive = self.values[: self._sign][~self.banned[: self._sign]]
+        between = np.diff(positive)
+        farther = np.maximum(np.append(between, 0), np.insert(between, 0, 0))
+        self.gaps: Final = np.zeros(len(codes), dtype=np.float32)
+        self.gaps[: len(positive)] = self.gaps[self._sign : self._sign + len(positive)] = farther
         middles = (positive[:-1] + positive[1:]) / 2
         # Half-way above an odd code rounds up: searchsorted counts limits below a value, so these move down a little.
         middles[1::2] = np.nextafter(middles[1::2], np.float32(0))

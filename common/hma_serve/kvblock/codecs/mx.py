@@ -52,6 +52,10 @@ class MxCodec(ScaledCodec):
     def _elements(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What the codes mean before scaling."""
 
+    @abstractmethod
+    def _element_gaps(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """`_gaps` before scaling."""
+
     def _pack(self, units: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         groups = units.reshape(len(units), -1, GROUP)
         exponents = (groups.view(np.uint32) >> np.uint32(23) & np.uint32(0xFF)).astype(np.int32)
@@ -60,13 +64,20 @@ class MxCodec(ScaledCodec):
         return self._round(scaled).reshape(units.shape), scales
 
     def _values(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
-        groups = self._elements(codes).reshape(len(codes), -1, GROUP)
-        values: NDArray[np.float32] = groups * E8M0[scales][..., None]
-        return values.reshape(codes.shape)
+        return _scaled(self._elements(codes), scales)
+
+    def _gaps(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return _scaled(self._element_gaps(codes), scales)
 
     def _banned_scale(self, scales: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         return f"scales above {self.largest_scale}" if int(scales.max()) > self.largest_scale else ""
+
+
+def _scaled(elements: NDArray[np.float32], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Elements [units, 32, D] times what E8M0 scales, one per 32 of them, mean."""
+    values: NDArray[np.float32] = elements.reshape(len(elements), -1, GROUP) * E8M0[scales][..., None]
+    return values.reshape(elements.shape)
 
 
 class MxFloat(MxCodec):
@@ -80,6 +91,10 @@ class MxFloat(MxCodec):
     def _elements(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         values: NDArray[np.float32] = self.element.values[codes]
         return values
+
+    def _element_gaps(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        gaps: NDArray[np.float32] = self.element.gaps[codes]
+        return gaps
 
 
 class MxFp8(MxFloat):
@@ -122,3 +137,6 @@ class MxInt8(MxCodec):
 
     def _elements(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         return codes.view(np.int8).astype(np.float32) * np.float32(1 / 64)
+
+    def _element_gaps(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.full(codes.shape, 1 / 64, dtype=np.float32)

@@ -48,13 +48,19 @@ class NvFp4(ScaledCodec):
         return E2M1.encode(scaled).reshape(units.shape), np.concatenate([scales, as_bytes(unit_scale)], axis=1)
 
     def _values(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
-        groups = E2M1.values[codes].reshape(len(codes), -1, GROUP)
-        scaled = groups * E4M3FN.values[scales[:, :-4]][..., None]  # exact
-        values: NDArray[np.float32] = scaled * as_float32(scales[:, -4:])[..., None]
-        return values.reshape(codes.shape)
+        return _scaled(E2M1.values[codes], scales)
+
+    def _gaps(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return _scaled(E2M1.gaps[codes], scales)
 
     def _banned_scale(self, scales: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         if int(scales[:, :-4].max()) > 0x7E:
             return "scales that are negative or NaN"
         return banned_float32(scales[:, -4:], float(_LARGEST))
+
+
+def _scaled(elements: NDArray[np.float32], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+    groups = elements.reshape(len(elements), -1, GROUP) * E4M3FN.values[scales[:, :-4]][..., None]  # exact
+    values: NDArray[np.float32] = groups * as_float32(scales[:, -4:])[..., None]
+    return values.reshape(elements.shape)

@@ -49,6 +49,10 @@ class ScaledCodec(Codec):
         """The inverse of `_pack`, float32."""
 
     @abstractmethod
+    def _gaps(self, codes: NDArray[np.uint8], scales: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """`steps` of the values that `_values` gives, in their shape."""
+
+    @abstractmethod
     def _banned_scale(self, scales: NDArray[np.uint8], head_dim: int) -> str:
         """Say which banned scale there is among uint8 [units, scale_bytes], or return an empty string."""
 
@@ -88,6 +92,12 @@ class ScaledCodec(Codec):
             raise ValueError(f"a value is too large for {self.name}")
         elements = pack_codes(codes, self.element_bits).reshape(len(codes), -1)
         return np.concatenate([elements, scales], axis=1)
+
+    def _steps(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        elements, scales = self._parts(payload, head_dim)
+        codes = unpack_codes(elements, self.element_bits).reshape(-1, GROUP_TOKENS, head_dim)
+        with np.errstate(invalid="ignore", over="ignore"):
+            return self._gaps(codes, scales).reshape(heads, tokens, head_dim)
 
     def _decode(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
         elements, scales = self._parts(payload, head_dim)

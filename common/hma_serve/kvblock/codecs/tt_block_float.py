@@ -105,6 +105,11 @@ class TtBlockFloat(Codec):
         with np.errstate(invalid="ignore"):  # only a banned exponent gives 0 * Inf
             return from_faces(self._signed[unpack_codes(tiles["elements"], self._bits)] * step[..., None])
 
+    def _steps(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
+        tiles = payload.view(self._layout).reshape(heads, tokens // GROUP_TOKENS, head_dim // TILE)
+        step = steps(tiles["exponents"], self._magnitude_bits)[..., None]
+        return from_faces(np.broadcast_to(step, (*step.shape[:-1], FACE)))
+
     def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
         tiles = payload.reshape(-1, self._tile_bytes)

@@ -25,6 +25,7 @@ class DecodeConfig(PlaceConfig):
     Attributes:
         model: `demo`, a directory or a Hub id.
         dtype: Of weights and of KV that decode computes: `bfloat16` or `float32`.
+        k_offsets: Table of what prefill subtracts from keys; None: nothing.
         threads: Of the engine's arithmetic.
         max_model_len: Prompt plus completion, tokens; None: the model's window.
         kv_capacity_tokens: Unquantised tokens of KV that fit; None: from the free memory.
@@ -37,6 +38,7 @@ class DecodeConfig(PlaceConfig):
 
     model: str
     dtype: str
+    k_offsets: Path | None
     threads: int
     max_model_len: int | None
     kv_capacity_tokens: int | None
@@ -91,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="demo", metavar="demo|DIR|HUB_ID", help="the checkpoint")
     model.add_argument("--dtype", default="bfloat16", choices=list(DTYPE_BYTES), help="of weights and computed KV")
+    model.add_argument(
+        "--k-offsets", type=Path, metavar="FILE", help="what prefill subtracts from keys (`hma-serve kv calibrate`)"
+    )
     model.add_argument("--threads", type=int, default=default_threads(), help="of the engine's arithmetic")
     model.add_argument(
         "--max-model-len", type=int, metavar="TOKENS", help="prompt plus completion; default: the model's window"

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 
 from hma_serve.checkpoint import read_eos_token_ids, read_model_config
+from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError, Internal
+from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.attention import TorchPagedAttention
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.pages import KvGeometry, PagePool
@@ -36,10 +38,11 @@ _log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The engine's arguments; the front writes them, so none has a default."""
+    """The engine's arguments; the front writes them, so none has a default but what may be absent."""
     parser = argparse.ArgumentParser(prog="hma-serve-decode-engine", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--dtype", choices=list(_DTYPES), required=True)
+    parser.add_argument("--k-offsets", type=Path)
     parser.add_argument("--codecs", required=True)
     parser.add_argument("--kv-capacity-tokens", type=int, required=True)
     parser.add_argument("--kv-lease", type=float, required=True)
@@ -82,7 +85,7 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         capacity_tokens=args.kv_capacity_tokens,
     )
     scheduler = Scheduler(max(args.step_tokens, args.max_running))
-    runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads))
+    runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads, _k_offsets(args, config)))
     engine = Engine(
         pool=pool,
         tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
@@ -100,6 +103,12 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
     )
     endpoint.link.send(pb.DecodeEngineEvent(ready=ready))
     return engine
+
+
+def _k_offsets(args: argparse.Namespace, config: ModelConfig) -> torch.Tensor | None:
+    """float32 [layers, kv heads, head_dim]; None: packed keys are as they were."""
+    table = read_k_offsets(args.k_offsets, config, model_fingerprint=None, profile=None)
+    return torch.from_numpy(table.array(config.num_layers, config.num_kv_heads, config.head_dim)) if table else None
 
 
 def _serve(engine: Engine, endpoint: EngineEndpoint[pb.DecodeEngineCommand]) -> None:

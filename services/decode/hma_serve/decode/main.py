@@ -75,7 +75,7 @@ class _Worker:
         """Returns when requests can come; the task ends when the engine does."""
         config, stack = self._config, self._stack
         http_address = await self._front.open_status_port()
-        model = await asyncio.to_thread(read_served_model, config.model, config.max_model_len)
+        model = await asyncio.to_thread(read_served_model, config.model, config.max_model_len, config.k_offsets)
         arena = stack.enter_context(Arena.create(config.arena_slots, MAX_MESSAGE_BYTES))
         slots = SlotPool(config.arena_slots)
         engine, engine_end = await stack.enter_async_context(self._engine(model, arena, slots))
@@ -132,6 +132,8 @@ class _Worker:
             "--threads": config.threads,
             "--log-format": config.log_format,
         }
+        if config.k_offsets is not None:
+            flags["--k-offsets"] = config.k_offsets
         argv = [str(part) for pair in flags.items() for part in pair]
         process = await spawn_engine(ENGINE_MODULE, argv, receives=decode_engine_pb2.DecodeEngineEvent, arena=arena)
         client = EngineClient(process, slots, on_load=self._take_load)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
-from hma_serve.kvblock import Acceptance, Codec, KvFormatError, codec
+from hma_serve.kvblock import Acceptance, Codec, KvFormatError, OffsetTable, codec
 
 ACCEPTED_CODECS = ("f32", "bf16", "tt_bfp8_b")
 """What the page pool is cut for. Every format costs it alignment: an extent is a multiple of every format's page."""
@@ -24,6 +25,7 @@ class ServedModel:
         checkpoint: Where it lies.
         config: Its configuration.
         fingerprint: SHA-256 hex of configuration and weights.
+        k_offsets: What packed keys have lost, and scores are given back; may be empty.
         max_model_len: Prompt plus completion, tokens.
         codecs: Of KV that can be read here.
     """
@@ -32,6 +34,7 @@ class ServedModel:
     checkpoint: Path
     config: ModelConfig
     fingerprint: str
+    k_offsets: OffsetTable
     max_model_len: int
     codecs: tuple[Codec, ...]
 
@@ -59,28 +62,32 @@ class ServedModel:
             head_dim=config.head_dim,
             vocab=config.vocab_size,
             rope=self.rope,
+            kv_fingerprint=self.k_offsets.fingerprint(self.fingerprint) if self.k_offsets else "",
         )
 
     @property
     def acceptance(self) -> Acceptance:
         """What a KV stream must match."""
         return Acceptance(
-            model_fingerprint=self.fingerprint,
+            model_fingerprint=self.k_offsets.fingerprint(self.fingerprint),
             layers=self.config.num_layers,
             kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             codecs=self.codecs,
             rope=self.rope.to_proto(),
             qk_norm=True,
+            k_offsets=bool(self.k_offsets),
+            k_offset_digest=self.k_offsets.digest() if self.k_offsets else None,
         )
 
 
-def read_served_model(model: str, max_model_len: int | None) -> ServedModel:
+def read_served_model(model: str, max_model_len: int | None, k_offsets: Path | None = None) -> ServedModel:
     """Finds a checkpoint and reads everything but its weights; BLOCKING.
 
     Args:
         model: `demo`, a directory or a Hub id.
         max_model_len: Prompt plus completion; None: the model's window.
+        k_offsets: Table of what packed keys have lost; None: nothing.
 
     Raises:
         HmaError: There is no such checkpoint, or the window is larger than the model's.
@@ -92,11 +99,13 @@ def read_served_model(model: str, max_model_len: int | None) -> ServedModel:
         raise InvalidArgument(
             f"--max-model-len {max_model_len} is more than the model's window of {longest}", field="--max-model-len"
         )
+    own = fingerprint(checkpoint)
     return ServedModel(
         name=_name(model),
         checkpoint=checkpoint,
         config=config,
-        fingerprint=fingerprint(checkpoint),
+        fingerprint=own,
+        k_offsets=read_k_offsets(k_offsets, config, model_fingerprint=own, profile=None),
         max_model_len=max_model_len or longest,
         codecs=tuple(known for known in map(codec, ACCEPTED_CODECS) if _fits(known, config.head_dim)),
     )

@@ -36,15 +36,20 @@ class StoredAttention:
 
     Args:
         segments: Start position, token count and packed KV of each, in the order of the rows.
+        k_offsets: What keys lose before they are packed, float32 [layers, kv heads, D]; None: nothing. Every key that
+            is attended to has lost it, so the scores of a query all fall by the same number and need none back.
     """
 
-    def __init__(self, segments: Sequence[tuple[int, int, PackedKv]]) -> None:
+    def __init__(self, segments: Sequence[tuple[int, int, PackedKv]], k_offsets: torch.Tensor | None = None) -> None:
         self._segments = segments
+        self._k_offsets = k_offsets
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor:
         """See `hma_serve.model.Attention`."""
         out = torch.empty_like(q)
         row = 0
+        if self._k_offsets is not None:
+            k = k.float() - self._k_offsets[layer]
         for start, tokens, kv in self._segments:
             rows = slice(row, row + tokens)
             kv.append(layer, KV_ROLE_K, start, k[rows])

@@ -19,6 +19,7 @@ class PrefillConfig(PlaceConfig):
         model: `demo`, a directory or a Hub id.
         profile: What to compute in and how to pack.
         profiles: Directory of more profiles; None: the built-in ones.
+        k_offsets: Table that is subtracted from keys before they are packed; None: nothing is.
         device: Kind of accelerator.
         chunk_tokens: Tokens computed together; a multiple of 32.
         layers_ahead: Layers of a request that may be computed before the oldest of them has left.
@@ -34,6 +35,7 @@ class PrefillConfig(PlaceConfig):
     model: str
     profile: str
     profiles: Path | None
+    k_offsets: Path | None
     device: str
     chunk_tokens: int
     layers_ahead: int
@@ -77,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--profile", default="tt_bfp8", metavar="NAME", help="arithmetic and KV codec (default: %(default)s)"
     )
     model.add_argument("--profiles", type=Path, metavar="DIR", help="more profiles, one TOML file each")
+    model.add_argument(
+        "--k-offsets", type=Path, metavar="FILE", help="subtract these from keys (made by `hma-serve kv calibrate`)"
+    )
     model.add_argument(
         "--device", default="cpu", help="kind of accelerator; packages can add more (default: %(default)s)"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from hma_serve.checkpoint import read_model_config
+from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", required=True)
     parser.add_argument("--profile", required=True)
     parser.add_argument("--profiles", type=Path)
+    parser.add_argument("--k-offsets", type=Path)
     parser.add_argument("--chunk-tokens", type=int, required=True)
     parser.add_argument("--layers-ahead", type=int, required=True)
     parser.add_argument("--max-running", type=int, required=True)
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> Engine:
     started = time.monotonic()
     model, profile = read_model_config(args.checkpoint), find_profile(args.profile, args.profiles)
-    spec = AcceleratorSpec(args.checkpoint, model, profile, progress=LoadLog(_log))
+    k_offsets = read_k_offsets(args.k_offsets, model, model_fingerprint=None, profile=profile.name)
+    spec = AcceleratorSpec(args.checkpoint, model, profile, progress=LoadLog(_log), k_offsets=k_offsets)
     accelerator = open_accelerator(args.device, spec)
     if endpoint.arena is None:
         raise SystemExit("the engine needs an arena")

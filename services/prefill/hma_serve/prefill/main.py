@@ -173,6 +173,8 @@ async def _engine(
     }
     if config.profiles is not None:
         flags["--profiles"] = config.profiles
+    if config.k_offsets is not None:
+        flags["--k-offsets"] = config.k_offsets
     argv = [str(part) for pair in flags.items() for part in pair]
     process = await spawn_engine(ENGINE_MODULE, argv, receives=prefill_engine_pb2.PrefillEngineEvent, arena=arena)
     client = EngineClient(process)

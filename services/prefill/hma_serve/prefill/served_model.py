@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
-from hma_serve.kvblock import Codec, build_manifest, codec
+from hma_serve.kvblock import Codec, OffsetTable, build_manifest, codec
 from hma_serve.prefill.config import PrefillConfig
 from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import Profile, find_profile
@@ -28,7 +29,8 @@ class ServedModel:
         checkpoint: Its directory.
         config: Its shapes.
         profile: Fits the shapes.
-        fingerprint: Both sides of a transfer must have the same.
+        fingerprint: Of the checkpoint.
+        k_offsets: What is subtracted from keys before they are packed; may be empty.
         layout: Of its packed KV.
         max_tokens: Longest prompt part that this instance takes, whole groups.
     """
@@ -38,6 +40,7 @@ class ServedModel:
     config: ModelConfig
     profile: Profile
     fingerprint: str
+    k_offsets: OffsetTable
     layout: KvLayout
     max_tokens: int
 
@@ -60,6 +63,7 @@ class ServedModel:
             head_dim=shape.head_dim,
             vocab=shape.vocab_size,
             rope=self.rope,
+            kv_fingerprint=self.k_offsets.fingerprint(self.fingerprint) if self.k_offsets else "",
         )
 
     @property
@@ -73,8 +77,8 @@ class ServedModel:
     ) -> kv_block_pb2.KvManifest:
         """Describes a transfer of the tokens [token_start, token_start + token_count)."""
         k_codec, v_codec = self._wire_codecs()
-        return build_manifest(
-            model_fingerprint=self.fingerprint,
+        manifest = build_manifest(
+            model_fingerprint=self.k_offsets.fingerprint(self.fingerprint),
             layers=self.config.num_layers,
             kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
@@ -87,6 +91,8 @@ class ServedModel:
             rounding=ROUNDING,
             producer=producer,
         )
+        manifest.k_offsets.extend(self.k_offsets.to_proto())
+        return manifest
 
     def _wire_codecs(self) -> tuple[Codec, Codec]:
         return codec(self.profile.k_codec), codec(self.profile.v_codec)
@@ -102,13 +108,15 @@ def read_served_model(config: PrefillConfig) -> ServedModel:
     shape, profile = read_model_config(checkpoint), find_profile(config.profile, config.profiles)
     profile.check(shape)
     window = shape.max_position_embeddings
+    own = fingerprint(checkpoint)
     longest = min(config.max_model_len or window, config.kv_capacity_tokens or window, window)
     return ServedModel(
         name=_name(config.model),
         checkpoint=checkpoint,
         config=shape,
         profile=profile,
-        fingerprint=fingerprint(checkpoint),
+        fingerprint=own,
+        k_offsets=read_k_offsets(config.k_offsets, shape, model_fingerprint=own, profile=profile.name),
         layout=KvLayout.of(shape, profile),
         max_tokens=longest // GROUP_TOKENS * GROUP_TOKENS,
     )

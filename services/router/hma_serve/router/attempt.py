@@ -291,11 +291,12 @@ class Attempt:
 def _offer(prefill: WorkerInfo) -> decode_pb2.KvOffer:
     """What the prefill worker will put on the wire: one codec for K and one for V, or one for both."""
     return decode_pb2.KvOffer(
-        model_fingerprint=prefill.model.fingerprint,
+        model_fingerprint=prefill.model.stream_fingerprint,
         k_codec=prefill.codecs[0].to_proto(),
         v_codec=prefill.codecs[-1].to_proto(),
         rope=prefill.model.rope.to_proto(),
         producer_instance=prefill.instance,
+        k_offsets=bool(prefill.model.kv_fingerprint),
     )
 
 

@@ -120,9 +120,9 @@ def place(demand: Demand, fleet: Fleet, now: float, *, local_prefill: bool = Tru
 
 
 def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-    """Whether the decode worker can read what the prefill worker packs: same model, same RoPE, codecs accepted."""
+    """Whether decode can read what prefill packs: same model, K offsets and RoPE, codecs accepted."""
     return (
-        prefill.model.fingerprint == decode.model.fingerprint
+        prefill.model.stream_fingerprint == decode.model.stream_fingerprint
         and prefill.model.rope == decode.model.rope
         and bool(prefill.codecs)
         and all(any(made.decodes_like(read) for read in decode.codecs) for made in prefill.codecs)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
+from hma_serve.kvblock import OffsetTable
 from hma_serve.model import Progress
 from hma_serve.prefill.profiles import Profile
 
@@ -130,6 +131,8 @@ class AcceleratorSpec:
         profile: The arithmetic to follow.
         progress: Told while the weights load how many bytes are done, out of how many.
         decoded_bytes: Memory that decoded copies of running requests' KV may take beside the packed bytes.
+        k_offsets: Subtracted from keys before they are packed, in float32. What attends to packed keys alone needs to
+            know no more: softmax does not notice what all its keys have lost.
     """
 
     checkpoint: Path
@@ -137,10 +140,14 @@ class AcceleratorSpec:
     profile: Profile
     progress: Progress | None = None
     decoded_bytes: int = 1 << 30
+    k_offsets: OffsetTable | None = None
 
 
 AcceleratorFactory = Callable[[AcceleratorSpec], Accelerator]
-"""Loads the weights. Raises FailedPrecondition when the device cannot follow the profile or is not there."""
+"""Loads the weights. Raises FailedPrecondition when the device cannot follow the profile or is not there.
+
+The same for K offsets that it cannot subtract.
+"""
 
 
 def _load_cpu(spec: AcceleratorSpec) -> Accelerator:

@@ -31,6 +31,7 @@ class CpuAccelerator:
         profile, model = spec.profile, spec.model
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
+        self._k_offsets = _offsets(spec)
         self._budget = DecodedBudget(spec.decoded_bytes)
         self._dtype = DTYPES[profile.compute]
         opened = open_weights(spec.checkpoint, model, dtype=self._dtype, with_head=False, progress=spec.progress)
@@ -69,7 +70,15 @@ class CpuAccelerator:
     def run_layer(self, layer: int, hidden: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         """See `Accelerator`."""
         positions = torch.cat([torch.arange(part.start, part.start + part.tokens) for part in segments])
-        return self._model.layer(layer, hidden, positions, StoredAttention([_attended(part) for part in segments]))
+        attention = StoredAttention([_attended(part) for part in segments], self._k_offsets)
+        return self._model.layer(layer, hidden, positions, attention)
+
+
+def _offsets(spec: AcceleratorSpec) -> torch.Tensor | None:
+    if not spec.k_offsets:
+        return None
+    model = spec.model
+    return torch.from_numpy(spec.k_offsets.array(model.num_layers, model.num_kv_heads, model.head_dim))
 
 
 def _attended(part: Segment) -> tuple[int, int, TensorKv]:
