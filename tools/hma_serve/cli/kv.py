@@ -147,7 +147,7 @@ def _encode(args: argparse.Namespace) -> int:
         units = packer.encode(values.reshape(args.heads, args.rows, args.cols), _ROUNDINGS[args.rounding])
     except ValueError as error:
         raise WrongData(str(error)) from error
-    write_bytes(np.ascontiguousarray(units))
+    write_bytes(np.ascontiguousarray(units).data)
     return 0
 
 
@@ -156,7 +156,7 @@ def _decode(args: argparse.Namespace) -> int:
     payload = read_exactly(packer.payload_bytes(args.heads, args.rows, args.cols))
     packer.check_payload(payload, args.heads, args.rows, args.cols)
     values = packer.decode(payload, args.heads, args.rows, args.cols)
-    write_bytes(np.ascontiguousarray(values, dtype="<f4"))
+    write_bytes(np.ascontiguousarray(values, dtype="<f4").data)
     return 0
 
 

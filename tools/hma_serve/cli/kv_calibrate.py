@@ -87,13 +87,12 @@ def calibrate(
         profile: Whose K codec the errors are measured with.
         prompts: Token ids, whole groups of 32 each.
     """
-    means, last = OffsetCalibration(), []
+    means, last = OffsetCalibration(), list[NDArray[np.float32]]()
     for prompt in prompts:
-        store, last = _prefilled(accelerator, model, prompt), []
-        for layer in range(model.num_layers):
-            keys = _keys(store, model, layer, len(prompt))
+        store = _prefilled(accelerator, model, prompt)
+        last = [_keys(store, model, layer, len(prompt)) for layer in range(model.num_layers)]
+        for layer, keys in enumerate(last):
             means.add(layer, keys)
-            last.append(keys)
     table, packer = means.table(), codec(profile.k_codec)
     offsets = table.array(model.num_layers, model.num_kv_heads, model.head_dim)
     return Calibrated(
@@ -118,7 +117,9 @@ def _keys(store: KvStore, model: ModelConfig, layer: int, tokens: int) -> NDArra
     """float32 [kv heads, tokens, D] of one layer."""
     exact, heads, groups = codec(_EXACT), model.num_kv_heads, tokens // GROUP_TOKENS
     packed = np.empty((heads, groups, exact.group_bytes(model.head_dim)), dtype=np.uint8)
-    store.copy_out(layer, ROLES[0], slice(0, heads), slice(0, groups), packed)
+    copying = store.copy_out(layer, ROLES[0], slice(0, heads), slice(0, groups), packed)
+    if copying is not None:
+        copying.wait()
     return exact.decode(packed, heads, tokens, model.head_dim)
 
 

@@ -63,7 +63,7 @@ class Capture:
         return f"{self.frames} frames, {len(self.blocks)} blocks, {size} payload bytes"
 
 
-def read_capture(data: bytes) -> Capture:
+def read_capture(data: bytes | bytearray) -> Capture:
     """Reads a whole capture; never raises for what the file holds."""
     return _Walk().run(data)
 
@@ -74,10 +74,10 @@ class _Walk:
         self._reader: StreamReader | None = None
         self._ended = False
 
-    def run(self, data: bytes) -> Capture:
+    def run(self, data: bytes | bytearray) -> Capture:
         capture, at = self._capture, 0
         try:
-            for at, frame in split_frames(data):
+            for at, frame in split_frames(memoryview(data)):
                 self._frame(at, frame)
                 capture.frames += 1
                 if len(capture.problems) >= MAX_PROBLEMS:

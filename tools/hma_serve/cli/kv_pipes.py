@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from hma_serve.kvblock import Payload
-
 MAX_BYTES: Final = 8 << 30
 """Of one file, or of values on a pipe."""
 _PIECE: Final = 16 << 20
@@ -94,7 +92,7 @@ def read_listed(path: Path, limit: int) -> bytes:
     return data
 
 
-def write_bytes(data: Payload) -> None:
+def write_bytes(data: memoryview) -> None:
     """To stdout, all of it."""
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
