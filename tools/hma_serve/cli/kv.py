@@ -126,6 +126,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", required=True, metavar="demo|DIR|HUB_ID", help="the checkpoint")
     parser.add_argument("--profile", required=True, help="of the prefill workers that will use the table")
+    parser.add_argument("--profiles", type=Path, metavar="DIR", help="more profiles, as of `hma-serve prefill`")
     parser.add_argument("--text", required=True, type=Path, nargs="+", metavar="FILE", help="what to run, UTF-8")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the table; - writes to stdout")
     parser.add_argument("--tokens", type=_positive, default=1024, help="of a prompt, at most (default: %(default)s)")

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> str:
     """
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     checkpoint = resolve_checkpoint(args.model)
-    model, profile = read_model_config(checkpoint), find_profile(args.profile)
+    model, profile = read_model_config(checkpoint), find_profile(args.profile, args.profiles)
     profile.check(model)
     prompts = list(_prompts(Tokenizer.from_directory(checkpoint).encode(_text(args.text)), model, args))
     exact = dataclasses.replace(profile, k_codec=_EXACT)
