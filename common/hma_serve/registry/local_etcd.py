@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from hma_serve.core.errors import NotFound, Unavailable
-from hma_serve.registry.endpoints import Endpoint
+from hma_serve.registry.endpoints import Endpoint, Tls
 from hma_serve.registry.etcd_store import EtcdStore
 
 _PORT_ATTEMPTS = 3
@@ -51,6 +51,7 @@ class LocalEtcd:
         client_port: 0 takes a free one, kept over restarts of this object.
         peer_port: Likewise.
         log_path: Default: `etcd.log` in the data directory.
+        tls: Demanded from clients and shown to them: all three files; None: no encryption.
         launcher: Put before the command, for example a program that ties etcd's life to its parent's.
     """
 
@@ -62,12 +63,14 @@ class LocalEtcd:
         client_port: int = 0,
         peer_port: int = 0,
         log_path: Path | None = None,
+        tls: Tls | None = None,
         launcher: Sequence[str] = (),
     ) -> None:
         self._data_dir, self._binary = data_dir, binary or find_etcd()
         self._wanted_ports = (client_port, peer_port)
         self._client_port, self._peer_port = client_port, peer_port
         self._log_path = log_path or data_dir / "etcd.log"
+        self._tls = tls
         self._launcher = tuple(launcher)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -136,7 +139,7 @@ class LocalEtcd:
 
     @property
     def _endpoint(self) -> Endpoint:
-        return Endpoint(f"127.0.0.1:{self._client_port}", secure=False)
+        return Endpoint(f"127.0.0.1:{self._client_port}", secure=self._tls is not None)
 
     def _choose_ports(self) -> None:
         self._client_port = self._client_port or _free_port()
@@ -153,6 +156,7 @@ class LocalEtcd:
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"local={peer}"),
             *("--logger", "zap", "--log-level", "warn"),
+            *self._security(),
         ]
         # etcd refuses flags that its environment contradicts.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
@@ -166,8 +170,18 @@ class LocalEtcd:
                 start_new_session=True,
             )
 
+    def _security(self) -> list[str]:
+        if self._tls is None:
+            return []
+        files = {
+            "--trusted-ca-file": self._tls.root_ca,
+            "--cert-file": self._tls.certificate,
+            "--key-file": self._tls.key,
+        }
+        return ["--client-cert-auth", *(part for flag, path in files.items() for part in (flag, str(path)))]
+
     def _wait_until_it_answers(self, deadline: float) -> None:
-        store = EtcdStore((self._endpoint,))
+        store = EtcdStore((self._endpoint,), self._tls)
         try:
             while True:
                 if (status := self.poll()) is not None:

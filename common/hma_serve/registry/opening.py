@@ -17,11 +17,18 @@ def open_store(url: str, tls: Tls | None = None) -> Store:
     """The store for a worker: `http://host:port,https://host:port,host:port`. Connects when first used.
 
     Raises:
-        InvalidArgument: No such address, or a static file, in which a worker cannot register.
+        InvalidArgument: No such address, one without TLS although `tls` is given, or a static file, in which a worker
+            cannot register.
     """
     if url.startswith(_FILE):
         raise InvalidArgument("a worker cannot register in a static file: give --etcd an address", field="--etcd")
-    return EtcdStore(parse_endpoints(url), tls)
+    endpoints = parse_endpoints(url)
+    plain = [str(endpoint) for endpoint in endpoints if not endpoint.secure]
+    if tls is not None and plain:
+        raise InvalidArgument(
+            f"--tls-dir is given, but --etcd names {plain[0]}, which is not encrypted: write https://", field="--etcd"
+        )
+    return EtcdStore(endpoints, tls)
 
 
 def open_readable_store(url: str, tls: Tls | None = None) -> ReadableStore:

@@ -6,10 +6,14 @@ from hma_serve.rpc.channels import MAX_MESSAGE_BYTES, ChannelCache, open_channel
 from hma_serve.rpc.deadlines import deadline_in, remaining
 from hma_serve.rpc.errors import from_rpc_error, to_status
 from hma_serve.rpc.servers import GrpcServer
-from hma_serve.rpc.tls import TlsConfig
+from hma_serve.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, SERVICE_NAME, TlsConfig
 
 __all__ = [
+    "CA_FILE",
+    "CERTIFICATE_FILE",
+    "KEY_FILE",
     "MAX_MESSAGE_BYTES",
+    "SERVICE_NAME",
     "ChannelCache",
     "GrpcServer",
     "TlsConfig",

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc.aio
 
-from hma_serve.rpc.tls import TlsConfig
+from hma_serve.rpc.tls import SERVICE_NAME, Stamp, TlsConfig
 
 MAX_MESSAGE_BYTES = 2 << 20
 """Largest message of a KV stream, header and payload (docs/kv-block-format.md)."""
@@ -46,41 +46,51 @@ def open_channel(address: str, *, tls: TlsConfig | None = None) -> grpc.aio.Chan
     """Opens a channel to `host:port`; it connects on first use."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CLIENT_OPTIONS)
+    named = [*_CLIENT_OPTIONS, ("grpc.ssl_target_name_override", SERVICE_NAME)]
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=named)
+
+
+_Key = tuple[str, Stamp]
 
 
 class ChannelCache:
     """One channel per address, the least recently used closed beyond `limit`; confined to one event loop.
 
-    A channel in use is never closed: take it with `lease` and give it back.
+    A channel in use is never closed: take it with `lease` and give it back. When the certificates are replaced, new
+    uses get new channels, and the old ones end with their last use.
     """
 
     def __init__(self, *, limit: int = 256, tls: TlsConfig | None = None) -> None:
         self._limit = limit
         self._tls = tls
-        self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
-        self._users: dict[str, int] = {}
+        self._stamp: Stamp = () if tls is None else tls.stamp()
+        self._channels: OrderedDict[_Key, grpc.aio.Channel] = OrderedDict()
+        self._users: dict[_Key, int] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def lease(self, address: str) -> _Lease:
         """A context manager that yields the channel and counts as its user."""
         return _Lease(self, address)
 
-    def take(self, address: str) -> grpc.aio.Channel:
-        """The channel to `address`, opened if need be; pair with `give_back`."""
-        channel = self._channels.get(address)
+    def take(self, address: str) -> tuple[_Key, grpc.aio.Channel]:
+        """The channel to `address`, opened if need be, and its key; pair with `give_back`."""
+        if self._tls is not None:
+            # Between two files of a replacement there is no stamp, and the old channels serve on.
+            self._stamp = self._tls.stamp() or self._stamp
+        key = (address, self._stamp)
+        channel = self._channels.get(key)
         if channel is None:
-            channel = self._channels[address] = open_channel(address, tls=self._tls)
-        self._channels.move_to_end(address)
-        self._users[address] = self._users.get(address, 0) + 1
+            channel = self._channels[key] = open_channel(address, tls=self._tls)
+        self._channels.move_to_end(key)
+        self._users[key] = self._users.get(key, 0) + 1
         self._evict()
-        return channel
+        return key, channel
 
-    def give_back(self, address: str) -> None:
+    def give_back(self, key: _Key) -> None:
         """Ends one use of the channel."""
-        self._users[address] -= 1
-        if not self._users[address]:
-            del self._users[address]
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
         self._evict()
 
     async def close(self) -> None:
@@ -89,9 +99,11 @@ class ChannelCache:
         await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
 
     def _evict(self) -> None:
-        idle = [address for address in self._channels if address not in self._users]
-        for address in idle[: max(0, len(self._channels) - self._limit)]:
-            task = asyncio.ensure_future(self._channels.pop(address).close())
+        idle = [key for key in self._channels if key not in self._users]
+        outdated = [key for key in idle if key[1] != self._stamp]
+        excess = max(0, len(self._channels) - len(outdated) - self._limit)
+        for key in [*outdated, *[key for key in idle if key[1] == self._stamp][:excess]]:
+            task = asyncio.ensure_future(self._channels.pop(key).close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -104,7 +116,8 @@ class _Lease:
         self._address = address
 
     def __enter__(self) -> grpc.aio.Channel:
-        return self._cache.take(self._address)
+        self._key, channel = self._cache.take(self._address)
+        return channel
 
     def __exit__(self, *exc: object) -> None:
-        self._cache.give_back(self._address)
+        self._cache.give_back(self._key)

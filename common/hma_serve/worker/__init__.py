@@ -8,7 +8,15 @@ from hma_serve.worker.drain import Drain, DrainResult
 from hma_serve.worker.front import WorkerFront
 from hma_serve.worker.lifecycle import Worker, run_worker
 from hma_serve.worker.load import WatchedLoad
-from hma_serve.worker.place import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
+from hma_serve.worker.place import (
+    PlaceConfig,
+    add_place_arguments,
+    add_tls_argument,
+    default_threads,
+    etcd_tls,
+    registry_of,
+    require_at_least,
+)
 from hma_serve.worker.servicer import WorkerServicer
 
 __all__ = [
@@ -20,7 +28,9 @@ __all__ = [
     "WorkerFront",
     "WorkerServicer",
     "add_place_arguments",
+    "add_tls_argument",
     "default_threads",
+    "etcd_tls",
     "registry_of",
     "require_at_least",
     "run_worker",

@@ -20,7 +20,7 @@ from hma_serve.telemetry.http import StatusServer
 from hma_serve.v1 import worker_pb2_grpc
 from hma_serve.worker.drain import Drain, DrainResult
 from hma_serve.worker.load import WatchedLoad
-from hma_serve.worker.place import PlaceConfig
+from hma_serve.worker.place import PlaceConfig, etcd_tls
 from hma_serve.worker.servicer import WorkerServicer
 
 _STOP_SECONDS = 2.0
@@ -125,7 +125,7 @@ class WorkerFront:
 
     @contextlib.asynccontextmanager
     async def _registration(self, etcd: str, info: WorkerInfo) -> AsyncIterator[Session]:
-        store = open_store(etcd)
+        store = open_store(etcd, etcd_tls(self._config.tls()))
 
         def show(status: SessionStatus) -> None:
             self._show_registered(status.routable)

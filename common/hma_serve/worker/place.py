@@ -6,8 +6,11 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from hma_serve.core.errors import InvalidArgument
+from hma_serve.registry import Tls
+from hma_serve.rpc import TlsConfig
 
 _ANY_ADDRESS = ("0.0.0.0", "[::]", "")
 
@@ -23,6 +26,7 @@ class PlaceConfig:
         advertise: host or host:port that others use; None: the bound address.
         http_listen: host:port of /live, /ready and /metrics.
         price_per_hour: US dollars for the whole instance; 0: not stated.
+        tls_dir: Certificates for mutual TLS on gRPC and to etcd; None: no encryption.
         drain_grace: Seconds that running requests get after SIGTERM.
         log_format: `human` or `json`.
     """
@@ -33,6 +37,7 @@ class PlaceConfig:
     advertise: str | None
     http_listen: str
     price_per_hour: float
+    tls_dir: Path | None
     drain_grace: float
     log_format: str
 
@@ -44,6 +49,14 @@ class PlaceConfig:
             "--price-per-hour": (self.price_per_hour, 0),
             "--drain-grace": (self.drain_grace, 0),
         }
+
+    def tls(self) -> TlsConfig | None:
+        """The certificates, checked; None without TLS.
+
+        Raises:
+            InvalidArgument: They cannot be read.
+        """
+        return None if self.tls_dir is None else TlsConfig.in_directory(self.tls_dir)
 
     def advertised(self, bound: str) -> str:
         """The address that others use, given the bound one.
@@ -116,6 +129,7 @@ def add_place_arguments(parser: argparse.ArgumentParser, *, listen: str) -> None
         metavar="USD",
         help="of this worker; 0: not stated (default: %(default)s)",
     )
+    add_tls_argument(place)
     place.add_argument(
         "--drain-grace",
         type=float,
@@ -126,6 +140,21 @@ def add_place_arguments(parser: argparse.ArgumentParser, *, listen: str) -> None
     place.add_argument(
         "--log-format", default="human", choices=["human", "json"], help="of the log on stderr (default: %(default)s)"
     )
+
+
+def add_tls_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds `--tls-dir`."""
+    parser.add_argument(
+        "--tls-dir",
+        type=Path,
+        metavar="DIR",
+        help="mutual TLS on every gRPC port and to etcd, with ca.crt, tls.crt and tls.key of this directory",
+    )
+
+
+def etcd_tls(tls: TlsConfig | None) -> Tls | None:
+    """The same certificates for the registry's client."""
+    return None if tls is None else Tls(tls.ca, tls.certificate, tls.key)
 
 
 def registry_of(text: str) -> str | None:

@@ -38,6 +38,7 @@ COMMANDS = {
     "complete": Command("hma_serve.cli.complete", "local", "continue a text, streamed to the terminal"),
     "chat": Command("hma_serve.cli.chat", "local", "talk to a model"),
     "kv": Command("hma_serve.cli.kv", "service", "pack, unpack, show and check KV in the wire format"),
+    "certs": Command("hma_serve.cli.certs", "local", "make certificates for trying mutual TLS"),
     "completion": Command("hma_serve.cli.completion_script", "local", "print a script for the shell's Tab key"),
 }
 

@@ -28,8 +28,10 @@ from hma_serve.checkpoint import resolve_checkpoint
 from hma_serve.cli.children import Children, describe_end
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from hma_serve.core.worker import WorkerInfo
-from hma_serve.registry import Watcher, open_store
+from hma_serve.registry import Tls, Watcher, open_store
 from hma_serve.registry.local_etcd import LocalEtcd
+from hma_serve.rpc import TlsConfig
+from hma_serve.worker import add_tls_argument, etcd_tls
 
 DTYPES = ("bfloat16", "float32")
 SAMPLE_PROMPT = "It was a dark and stormy night, and the old house"
@@ -58,6 +60,7 @@ class UpConfig:
         grpc_port: The router's gRPC port; 0 takes a free one.
         etcd: URLs of a running etcd; None starts one.
         data_dir: Keeps etcd's data and the logs; None uses a temporary directory.
+        tls_dir: Certificates for mutual TLS between all parts; None: no encryption.
         log_format: Of the children's logs.
         start_timeout: Seconds until the cluster must be ready.
         drain_grace: Seconds that each process gets to finish what runs.
@@ -76,6 +79,7 @@ class UpConfig:
     grpc_port: int
     etcd: str | None
     data_dir: Path | None
+    tls_dir: Path | None
     log_format: str
     start_timeout: float
     drain_grace: float
@@ -104,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grpc-port", type=int, default=50051, help="the router's gRPC port; 0: any (default: 50051)")
     parser.add_argument("--etcd", metavar="URL[,URL]", help="use this etcd instead of starting one")
     parser.add_argument("--data-dir", type=Path, help="keep etcd's data and the logs here (default: a temporary one)")
+    add_tls_argument(parser)
     parser.add_argument("--log-format", choices=("human", "json"), default="human")
     parser.add_argument("--start-timeout", type=float, default=600.0, metavar="SECONDS")
     parser.add_argument(
@@ -146,6 +151,7 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
         grpc_port=args.grpc_port or free_port(args.host),
         etcd=args.etcd,
         data_dir=args.data_dir,
+        tls_dir=args.tls_dir,
         log_format=args.log_format,
         start_timeout=args.start_timeout,
         drain_grace=args.drain_grace,
@@ -197,19 +203,20 @@ def data_directory(chosen: Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def registry(chosen: str | None, directory: Path) -> Iterator[Registry]:
+def registry(chosen: str | None, directory: Path, tls: Tls | None) -> Iterator[Registry]:
     """The chosen etcd, checked; or one that lives as long as the context."""
     if chosen is not None:
-        store = open_store(chosen)
+        store = open_store(chosen, tls)
         try:
             store.check(timeout=5.0)
         finally:
             store.close()
-        yield Registry(chosen, None)
+        yield Registry(chosen, tls, None)
         return
     launcher = [sys.executable, "-m", "hma_serve.cli.tethered"]
-    with LocalEtcd(directory / "etcd", log_path=directory / "logs" / "etcd.log", launcher=launcher) as etcd:
-        yield Registry(etcd.url, etcd)
+    log_path = directory / "logs" / "etcd.log"
+    with LocalEtcd(directory / "etcd", log_path=log_path, tls=tls, launcher=launcher) as etcd:
+        yield Registry(etcd.url, tls, etcd)
 
 
 @dataclass(frozen=True)
@@ -218,10 +225,12 @@ class Registry:
 
     Attributes:
         urls: For `--etcd`.
+        tls: To speak with it.
         own: Set when `up` started it.
     """
 
     urls: str
+    tls: Tls | None
     own: LocalEtcd | None
 
     def check(self) -> None:
@@ -239,6 +248,8 @@ def role_command(role: str, *flags: str) -> list[str]:
 def start_services(config: UpConfig, children: Children, etcd: str) -> None:
     """Starts decode, prefill and router."""
     common = ["--model", config.model, "--etcd", etcd, "--log-format", config.log_format]
+    if config.tls_dir is not None:
+        common += ["--tls-dir", str(config.tls_dir)]
     common += ["--drain-grace", f"{config.drain_grace:g}"]
     worker = [*common, "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"]
     for index in range(config.decode):
@@ -271,7 +282,7 @@ def wait_ready(config: UpConfig, children: Children, etcd: Registry, stop: threa
         Unavailable: A child ended, or the time is up.
     """
     deadline = time.monotonic() + config.start_timeout
-    store = open_store(etcd.urls)
+    store = open_store(etcd.urls, etcd.tls)
     try:
         with Watcher(store) as watcher:
             while not stop.wait(_POLL_SECONDS):
@@ -353,7 +364,8 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
     with data_directory(config.data_dir) as directory:
         children = Children(directory / "logs")
         print(f"starting {config.decode} decode, {config.prefill} prefill ({config.prefill_profile}) and a router ...")
-        with registry(config.etcd, directory) as etcd:
+        tls = None if config.tls_dir is None else etcd_tls(TlsConfig.in_directory(config.tls_dir))
+        with registry(config.etcd, directory, tls) as etcd:
             try:
                 start_services(config, children, etcd.urls)
                 workers = wait_ready(config, children, etcd, stop)

@@ -107,7 +107,7 @@ class _Worker:
     ) -> tuple[DecodeServicer, GrpcServer]:
         """Decode and KvTransfer on a server that does not listen yet."""
         config = self._config
-        server = GrpcServer("decode", config.listen, SERVICES)
+        server = GrpcServer("decode", config.listen, SERVICES, tls=config.tls())
         admission = Admission(model.max_model_len, model.config.vocab_size, model.acceptance)
         servicer = DecodeServicer(engine, admission, self._load, self._metrics)
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server.server)

@@ -98,7 +98,7 @@ class _Worker:
                 metrics=self._metrics,
             )
         )
-        server = GrpcServer("prefill", config.listen, SERVICES)
+        server = GrpcServer("prefill", config.listen, SERVICES, tls=config.tls())
         prefill_pb2_grpc.add_PrefillServicer_to_server(servicer, server.server)
         address = await self._front.listen(server, servicer.fail_all)
         info = self._info(model, address, http_address, ready.device)
@@ -114,7 +114,7 @@ class _Worker:
     @contextlib.asynccontextmanager
     async def _transfers(self, model: ServedModel, arena: Arena, device: str) -> AsyncIterator[Transfers]:
         producer = kv_block_pb2.KvProducer(instance=self._front.instance, device=device, software=software())
-        channels = ChannelCache()
+        channels = ChannelCache(tls=self._config.tls())
         try:
             yield Transfers(
                 channels=channels,

@@ -7,8 +7,11 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hma_serve.core.errors import InvalidArgument
+from hma_serve.rpc import TlsConfig
+from hma_serve.worker import add_tls_argument
 
 _MAX_PORT = 65535
 
@@ -30,6 +33,7 @@ class RouterConfig:
         max_connections: HTTP connections at the same time.
         local_prefill: Let decode compute long prompts while there is no prefill worker.
         max_channels: Connections to workers that are kept open.
+        tls_dir: Certificates for mutual TLS on gRPC and to etcd; None: no encryption.
         drain_grace: Seconds that running requests get after SIGTERM.
         log_format: `human` or `json`.
     """
@@ -46,8 +50,17 @@ class RouterConfig:
     max_connections: int = 4096
     local_prefill: bool = True
     max_channels: int = 1024
+    tls_dir: Path | None = None
     drain_grace: float = 30.0
     log_format: str = "human"
+
+    def tls(self) -> TlsConfig | None:
+        """The certificates, checked; None without TLS.
+
+        Raises:
+            InvalidArgument: They cannot be read.
+        """
+        return None if self.tls_dir is None else TlsConfig.in_directory(self.tls_dir)
 
     def __post_init__(self) -> None:
         if not self.registry:
@@ -96,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--http-listen", default=defaults.http_listen, metavar="HOST:PORT", help="OpenAI API, /ready and /metrics"
     )
     place.add_argument("--grpc-listen", default=defaults.grpc_listen, metavar="HOST:PORT", help="gRPC Inference")
+    add_tls_argument(place)
     queue = parser.add_argument_group("queue")
     queue.add_argument(
         "--max-waiting", type=int, default=defaults.max_waiting, metavar="N", help="requests that may wait for workers"

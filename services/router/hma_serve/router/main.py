@@ -22,6 +22,7 @@ from hma_serve.rpc import GrpcServer
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import router_metrics
 from hma_serve.v1 import inference_pb2_grpc
+from hma_serve.worker import etcd_tls
 
 __all__ = ["build_parser", "main", "run"]
 
@@ -55,10 +56,10 @@ async def run(config: RouterConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     model = await asyncio.to_thread(load_model, config.model)
     async with (
-        _watching(config.registry) as watcher,
+        _watching(config) as watcher,
         run_pipeline(config, model, watcher, router_metrics()) as pipeline,
     ):
-        grpc_server = GrpcServer("router", config.grpc_listen, [SERVICE])
+        grpc_server = GrpcServer("router", config.grpc_listen, [SERVICE], tls=config.tls())
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(pipeline.completions), grpc_server.server)
         limits = HttpLimits(max_body_bytes=config.max_body_bytes, max_connections=config.max_connections)
         app = build_app(pipeline.completions, pipeline.not_ready, limits)
@@ -89,9 +90,9 @@ async def _start(server: GrpcServer, listen: str) -> str:
 
 
 @asynccontextmanager
-async def _watching(registry: str) -> AsyncIterator[Watcher]:
+async def _watching(config: RouterConfig) -> AsyncIterator[Watcher]:
     """The registry's watcher; closing it and its store blocks, so threads do that."""
-    store = open_readable_store(registry)
+    store = open_readable_store(config.registry, etcd_tls(config.tls()))
     watcher = Watcher(store)
     watcher.start()
     try:

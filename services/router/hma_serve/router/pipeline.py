@@ -49,7 +49,7 @@ async def run_pipeline(
     config: RouterConfig, model: ServedModel, snapshots: SnapshotSource, metrics: RouterMetrics
 ) -> AsyncIterator[Pipeline]:
     """Starts the parts in order and takes them down in reverse; channels are closed last."""
-    channels = ChannelCache(limit=config.max_channels)
+    channels = ChannelCache(limit=config.max_channels, tls=config.tls())
     tokenizing = TokenizingPool(model.tokenizer, model.chat_template)
     try:
         async with FleetKeeper(snapshots, channels, model.served_by) as keeper:
