@@ -24,11 +24,11 @@ from hma_serve.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from hma_serve.kvblock import codec_for, codec_names
 from hma_serve.rpc import deadline_in, from_rpc_error
 from hma_serve.v1 import (
     common_pb2,
     decode_pb2,
-    kv_block_pb2,
     kv_transfer_pb2,
     worker_pb2,
 )
@@ -347,11 +347,7 @@ async def test_the_worker_describes_itself(client: Client, worker: Worker, check
     assert described.model.fingerprint == fingerprint(checkpoint)
     assert described.limits.max_model_len == WINDOW
     assert described.limits.kv_capacity_tokens >= WINDOW
-    assert [spec.id for spec in described.codecs] == [
-        kv_block_pb2.KV_CODEC_ID_F32,
-        kv_block_pb2.KV_CODEC_ID_BF16,
-        kv_block_pb2.KV_CODEC_ID_TT_BFP8_B,
-    ]
+    assert [codec_for(spec).name for spec in described.codecs] == list(codec_names())
     async with httpx.AsyncClient() as http:
         assert (await http.get(f"http://{worker.http}/ready")).status_code == 200
 

@@ -7,6 +7,7 @@ import torch
 
 from hma_serve.decode import attention
 from hma_serve.decode.attention import Span, TorchPagedAttention
+from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
 from hma_serve.quant import codec
 
@@ -28,7 +29,7 @@ def make_pool(dtype: torch.dtype = torch.float32) -> PagePool:
     geometry = KvGeometry(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     pool = PagePool(geometry, packed_formats=FORMATS, plain_dtype=dtype, capacity_tokens=8000)
     # What nobody wrote must never matter, whatever bits it has.
-    pool._memory.fill_(0xFF)
+    pool.memory.fill_(0xFF)
     return pool
 
 
@@ -38,14 +39,14 @@ def cached(pool: PagePool, layer: int, k_format: str, v_format: str, groups: int
     pages = pool.reserve(need)
     pool.clear(torch.cat([pages.plain_k, pages.plain_v]))
     tensors = []
-    for page_format, packed, plains in (
-        (k_format, pages.packed_k, pages.plain_k),
-        (v_format, pages.packed_v, pages.plain_v),
+    for role, page_format, packed, plains in (
+        (Role.K, k_format, pages.packed_k, pages.plain_k),
+        (Role.V, v_format, pages.packed_v, pages.plain_v),
     ):
         decoded = torch.empty(KV_HEADS, 0, HEAD_DIM)
         if groups:
             units = codec(page_format).encode(torch.randn(KV_HEADS, groups * 32, HEAD_DIM))
-            pool.packed(page_format, layer)[packed] = units.transpose(0, 1)
+            pool.store(page_format, role, layer, packed, slice(None), units)
             decoded = codec(page_format).decode(units)
         rest = torch.randn(KV_HEADS, plain, HEAD_DIM).to(pool.plain_dtype)
         for token in range(plain):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import DrawnTokens, Step
 from hma_serve.decode.sampler import Inputs, Occurrences, Rows, sample
@@ -240,8 +241,8 @@ def test_blocks_land_in_the_pages_byte_for_byte(harness: Harness) -> None:
     harness.fill(9)
     pages = harness.engine._streams[1].sequence.pages
     for layer in range(LAYERS):
-        for role, places in zip(ROLES, (pages.packed_k, pages.packed_v), strict=True):
-            stored = harness.pool.packed("tt_bfp8_b", layer)[places]
+        for role, kind, places in zip(ROLES, Role, (pages.packed_k, pages.packed_v), strict=True):
+            stored = harness.pool.packed("tt_bfp8_b", kind, layer)[places]
             for head in range(KV_HEADS):
                 assert (stored[:, head] == marker(layer, role, head)).all()
 
@@ -267,7 +268,7 @@ def test_late_blocks_of_a_dead_stream_are_dropped(harness: Harness) -> None:
     (landed,) = harness.turn(block(9, 1, 0, ROLES[0], 0, 2))
     assert landed.landed.slot == 1
     pages = harness.engine._streams[1].sequence.pages
-    assert (harness.pool.packed("tt_bfp8_b", 0)[pages.packed_k][:, 0] == marker(0, ROLES[0], 0)).all()
+    assert (harness.pool.packed("tt_bfp8_b", Role.K, 0)[pages.packed_k][:, 0] == marker(0, ROLES[0], 0)).all()
     assert harness.turn(end_push(9)) == []
     assert harness.turn(end_push(10))[0].HasField("committed")
 
@@ -308,8 +309,8 @@ def test_full_is_said_at_once(harness: Harness) -> None:
 
 def test_memory_is_reserved_before_admission(harness: Harness) -> None:
     capacity = harness.pool.capacity_tokens
-    harness.admit(1, max_tokens=capacity - 400)
-    assert harness.failure(harness.turn(admit(2, 70, 64, max_tokens=capacity - 400))).code == "resource_exhausted"
+    harness.admit(1, max_tokens=capacity * 5 // 8)
+    assert harness.failure(harness.turn(admit(2, 70, 64, max_tokens=capacity * 5 // 8))).code == "resource_exhausted"
     assert harness.failure(harness.turn(admit(3, 70, 64, max_tokens=2 * capacity))).code == "failed_precondition"
 
 

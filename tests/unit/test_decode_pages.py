@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hma_serve.core.errors import Internal
+from hma_serve.decode.page_order import PageOrder, Role, page_order
 from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
+from hma_serve.quant import codec, codec_names
 
-FORMATS = ("f32", "bf16", "tt_bfp8_b")
+FORMATS = ("f32", "bf16", "tt_bfp8_b", "nvfp4", "fp8_e4m3fn.tensor")
 GEOMETRY = KvGeometry(layers=2, kv_heads=2, head_dim=32)
 
 
@@ -90,20 +92,20 @@ def test_packed_tokens_take_the_room_of_their_codec() -> None:
 
 
 def test_pages_of_different_requests_do_not_share_a_byte() -> None:
-    pool = make_pool()
+    pool = make_pool(tokens=6000)
     held = [pool.reserve(need(64, 130, k, v)) for k in FORMATS for v in FORMATS]
     for number, reservation in enumerate(held):
         wanted = reservation.need
         for layer in range(GEOMETRY.layers):
-            pool.packed(wanted.k_format, layer)[reservation.packed_k] = 4 * number
-            pool.packed(wanted.v_format, layer)[reservation.packed_v] = 4 * number + 1
+            pool.packed(wanted.k_format, Role.K, layer)[reservation.packed_k] = 4 * number
+            pool.packed(wanted.v_format, Role.V, layer)[reservation.packed_v] = 4 * number + 1
             pool.plain(layer)[reservation.plain_k] = 4 * number + 2
             pool.plain(layer)[reservation.plain_v] = 4 * number + 3
     for number, reservation in enumerate(held):
         wanted = reservation.need
         for layer in range(GEOMETRY.layers):
-            assert (pool.packed(wanted.k_format, layer)[reservation.packed_k] == 4 * number).all()
-            assert (pool.packed(wanted.v_format, layer)[reservation.packed_v] == 4 * number + 1).all()
+            assert (pool.packed(wanted.k_format, Role.K, layer)[reservation.packed_k] == 4 * number).all()
+            assert (pool.packed(wanted.v_format, Role.V, layer)[reservation.packed_v] == 4 * number + 1).all()
             assert (pool.plain(layer)[reservation.plain_k] == 4 * number + 2).all()
             assert (pool.plain(layer)[reservation.plain_v] == 4 * number + 3).all()
 
@@ -130,19 +132,73 @@ def test_freeing_twice_is_refused() -> None:
 def test_integrity_notices_a_lost_page() -> None:
     pool = make_pool()
     pool.reserve(need(32, 40))
-    pages = pool._formats["bf16"]
-    next(iter(pages.free.values())).pop()
-    with pytest.raises(Internal, match="bf16"):
+    size = pool._slabs._sizes[pool._plain_stride]
+    next(iter(size.free.values())).pop()
+    with pytest.raises(Internal, match="lost or owned twice"):
         pool.check_integrity()
 
 
 def test_integrity_notices_a_page_with_two_owners() -> None:
     pool = make_pool()
     reservation = pool.reserve(need(32, 40))
-    pages = pool._formats["bf16"]
-    next(iter(pages.free.values())).append(int(reservation.plain_k[0]))
-    with pytest.raises(Internal, match="bf16"):
+    size = pool._slabs._sizes[pool._plain_stride]
+    next(iter(size.free.values())).append(int(reservation.plain_k[0]))
+    with pytest.raises(Internal, match="lost or owned twice"):
         pool.check_integrity()
+
+
+class Reversed:
+    """An order that is not the wire's: bytes backwards, behind padding."""
+
+    def __init__(self, unit: int) -> None:
+        self.page_bytes = unit + 7
+
+    def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
+        return torch.nn.functional.pad(wire.flip(-1), (7, 0))
+
+    def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
+        return pages[..., 7:].flip(-1)
+
+
+def test_pages_lie_in_the_order_that_the_pool_was_given() -> None:
+    def orders(page_format: str, role: Role, head_dim: int) -> PageOrder:
+        wire = page_order(page_format, role, head_dim)
+        return Reversed(wire.page_bytes) if role is Role.V else wire
+
+    pool = PagePool(GEOMETRY, packed_formats=["mxfp4"], plain_dtype=torch.bfloat16, capacity_tokens=2000, orders=orders)
+    reservation = pool.reserve(need(96, 100, "mxfp4", "mxfp4"))
+    units = torch.randint(0, 256, (2, 3, codec("mxfp4").group_bytes(32)), dtype=torch.uint8)
+    for role, places in ((Role.K, reservation.packed_k), (Role.V, reservation.packed_v)):
+        pool.store("mxfp4", role, 1, places, slice(None), units)
+    for role, places in ((Role.K, reservation.packed_k), (Role.V, reservation.packed_v)):
+        stored = pool.packed("mxfp4", role, 1)[places]
+        assert stored.shape[-1] == pool.order("mxfp4", role).page_bytes
+        assert torch.equal(pool.order("mxfp4", role).restore(stored).transpose(0, 1), units)
+    assert torch.equal(pool.packed("mxfp4", Role.V, 1)[reservation.packed_v][:, 0, 7:], units[0].flip(-1))
+
+
+def test_every_codec_costs_no_more_than_its_padding() -> None:
+    """A pool of all codecs is as large as one of a single codec, and every page is aligned."""
+    few = make_pool(tokens=100_000)
+    pool = PagePool(GEOMETRY, packed_formats=codec_names(), plain_dtype=torch.bfloat16, capacity_tokens=100_000)
+    assert pool.memory_bytes == few.memory_bytes
+    for name in codec_names():
+        reservation = pool.reserve(need(3200, 3201, name, name))
+        plain = 2 * 32 * 32 * 2
+        taken = 100 * 2 * codec(name).group_bytes(32) + plain
+        assert pool.used_tokens <= -(-taken * 32 // plain) * 1.02 + 1
+        pool.free(reservation)
+
+
+def test_pages_taken_together_lie_together() -> None:
+    pool = make_pool()
+    reservation = pool.reserve(need(0, 640))
+    assert (pool.plain_numbers(reservation.plain_k).diff() == 1).all()
+    pool.plain(1)[reservation.plain_k] = torch.randn(20, 2, 32, 32).bfloat16()
+    numbers = pool.plain_numbers(reservation.plain_k)
+    run = pool.plain_runs(1)[:, numbers[0] : numbers[-1] + 1]
+    assert torch.equal(run.transpose(0, 1), pool.plain(1)[reservation.plain_k])
+    assert run[1].is_contiguous()
 
 
 @given(st.integers(0, 200), st.integers(1, 3000))

@@ -7,6 +7,7 @@ import torch
 
 from hma_serve import quant
 from hma_serve.decode.attention import Span, TorchPagedAttention
+from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, Need, PagePool
 
 LAYERS, KV_HEADS, GROUP, D = 2, 2, 3, 32
@@ -39,8 +40,8 @@ def test_scores_of_packed_keys_get_the_offset_back(queries: int, k_format: str, 
         keys = torch.randn(KV_HEADS, tokens, D) + offsets[1].unsqueeze(1)
         values = torch.randn(KV_HEADS, tokens, D)
         moved = quant.codec(k_format).encode(quant.subtract_offset(keys, offsets[1]))
-        pool.packed(k_format, 1)[pages.packed_k] = moved.transpose(0, 1)
-        pool.packed("f32", 1)[pages.packed_v] = quant.codec("f32").encode(values).transpose(0, 1)
+        pool.store(k_format, Role.K, 1, pages.packed_k, slice(None), moved)
+        pool.store("f32", Role.V, 1, pages.packed_v, slice(None), quant.codec("f32").encode(values))
         spans.append(Span(pages, tokens, queries))
         for query in range(rows.start, rows.stop):
             seen = slice(rows.start, query + 1)

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 
 from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import PagePool, Reservation
 from hma_serve.model import Attention
 from hma_serve.quant import codec
@@ -256,7 +257,7 @@ class _Step:
         out, sums = torch.zeros_like(q), torch.zeros_like(peaks)
         for block, part in zip(blocks, scores, strict=True):
             weights = part.sub_(_of_owner(peaks, block).unsqueeze(3)).exp_()
-            values = torch.matmul(weights, self._read(layer, block.v_format, block.v_pages))
+            values = torch.matmul(weights, self._read(layer, block.v_format, Role.V, block.v_pages))
             if rows > 1:
                 sums.index_add_(0, block.owner, weights.sum(3))
                 out.index_add_(0, block.owner, values)
@@ -268,7 +269,7 @@ class _Step:
 
     def _scores(self, layer: int, q: torch.Tensor, block: _Block, mask: torch.Tensor | None, size: int) -> torch.Tensor:
         """Scores of every page in a block, float32 [n, kv_heads, size * queries, 32]."""
-        keys = self._read(layer, block.k_format, block.k_pages)
+        keys = self._read(layer, block.k_format, Role.K, block.k_pages)
         scores = torch.matmul(_of_owner(q, block), keys.transpose(2, 3))
         if self._k_offsets is not None and block.k_format is not None:
             scores += _of_owner(torch.matmul(q, self._k_offsets[layer].unsqueeze(2)), block)  # q.c
@@ -277,12 +278,12 @@ class _Step:
             last.view(*last.shape[:2], size, -1, GROUP_TOKENS).masked_fill_(mask, -torch.inf)
         return scores
 
-    def _read(self, layer: int, page_format: str | None, pages: torch.Tensor) -> torch.Tensor:
+    def _read(self, layer: int, page_format: str | None, role: Role, pages: torch.Tensor) -> torch.Tensor:
         """float32 [n, kv_heads, 32, head_dim]."""
         if page_format is None:
             return self._pool.plain(layer).index_select(0, pages).float()
-        packed = self._pool.packed(page_format, layer).index_select(0, pages)
-        return codec(page_format).decode(packed.unsqueeze(2))
+        packed = self._pool.packed(page_format, role, layer).index_select(0, pages)
+        return codec(page_format).decode(self._pool.order(page_format, role).restore(packed).unsqueeze(2))
 
 
 @dataclass(frozen=True, slots=True)

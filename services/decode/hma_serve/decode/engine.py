@@ -33,6 +33,7 @@ from hma_serve.core.errors import (
 )
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import Need, PagePool
 from hma_serve.decode.scheduler import Scheduler, Share
 from hma_serve.decode.sequence import Ending, Sequence
@@ -265,16 +266,15 @@ class Engine:
         self._say(landed=pb.DecodeLanded(push=block.push, slot=block.slot, length=block.length))
 
     def _store(self, stream: _Stream, block: pb.DecodeBlock) -> None:
-        """From the slot into the pages, byte for byte."""
+        """From the slot into the pages."""
         pages, need = stream.sequence.pages, stream.sequence.pages.need
-        keys = block.role == kv_block_pb2.KV_ROLE_K
-        page_format, places = (need.k_format, pages.packed_k) if keys else (need.v_format, pages.packed_v)
-        store = self._pool.packed(page_format, block.layer)
+        role = Role.K if block.role == kv_block_pb2.KV_ROLE_K else Role.V
+        page_format, places = (need.k_format, pages.packed_k) if role is Role.K else (need.v_format, pages.packed_v)
         data = torch.frombuffer(self._arena.slot(block.slot, block.length), dtype=torch.uint8)
-        units = data.view(block.head_count, block.group_count, store.shape[2])
+        units = data.view(block.head_count, block.group_count, -1)
         heads = slice(block.head_start, block.head_start + block.head_count)
         groups = places[block.group_start : block.group_start + block.group_count]
-        store[groups, heads] = units.transpose(0, 1)
+        self._pool.store(page_format, role, block.layer, groups, heads, units)
         stream.landed_units += block.head_count * block.group_count
 
     def _end_push(self, end: pb.DecodeEndPush) -> None:

@@ -1,13 +1,12 @@
-"""The memory that holds all KV: one block, cut into pages of several formats, every byte owned exactly once.
+"""The memory that holds all KV, and what each request holds of it.
 
-A *page* is one role (K or V) of one group of 32 tokens, for all layers and heads, in one format: the bytes of a codec
-as they came over the wire, or the plain elements of tokens that decode computed itself. Formats differ in size, so the
-memory is cut into *extents*, each a multiple of every format's page. An extent belongs to one format while any of its
-pages is held and to none otherwise; packed prompts therefore really take less room, and no mixture of formats can need
-more memory than there is.
+A *page* is one role (K or V) of one group of 32 tokens, in every layer and head: the bytes of a codec in the order that
+the reader likes (`page_order`), or the plain elements of tokens that decode computed itself. It has one address, the
+same in every layer and head: the memory is `[layers, kv_heads, bytes]`, and an address counts units of `ALIGNMENT`
+bytes from the beginning of a head's range. So one table of addresses serves pages of any codec, and pages with
+neighbouring addresses are neighbours in memory: keys of one head and a run of such pages are one contiguous piece.
 
-Memory is laid out layer by layer, so that the pages of one layer and format are one contiguous tensor
-`[pages, kv_heads, group_bytes]` and a page has the same index in every layer.
+Pages of all codecs and of all roles share the range (`slabs`): a codec that nobody uses costs nothing.
 
 Ownership: free page -> `reserve` -> a `Reservation` -> `free` -> free page. Whoever holds a reservation is the only one
 to read and write its pages. Nothing is allocated after the pool was built.
@@ -23,10 +22,19 @@ import torch
 
 from hma_serve.core.errors import Internal
 from hma_serve.core.groups import GROUP_TOKENS
-from hma_serve.quant import codec
+from hma_serve.decode.page_order import PageOrder, PageOrders, Role, page_order
+from hma_serve.decode.slabs import Slabs
+
+ALIGNMENT = 16
+"""Bytes: the unit of addresses, to which every page of every head is aligned."""
 
 PLAIN_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16"}
-"""The format of unquantised pages, by the dtype of their elements."""
+"""The codec whose packed form unquantised elements are, by their dtype."""
+
+_EXTENT_PAGES = 32
+"""Unquantised pages of an extent at least: 1,024 tokens of one role."""
+_EXTENT_WIDEST = 8
+"""Pages of the widest codec that an extent holds at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +50,6 @@ class KvGeometry:
     layers: int
     kv_heads: int
     head_dim: int
-
-    def page_bytes(self, page_format: str) -> int:
-        """Bytes of one page in one layer."""
-        return self.kv_heads * codec(page_format).group_bytes(self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +85,9 @@ class Reservation:
 
     Attributes:
         need: What was asked for.
-        packed_k: int64 [packed_groups], indices of the packed keys' pages in their format.
+        packed_k: int64 [packed_groups], addresses of the packed keys' pages.
         packed_v: The same for values.
-        plain_k: int64 [plain_groups], indices of the unquantised pages.
+        plain_k: int64 [plain_groups], addresses of the unquantised pages.
         plain_v: The same for values.
     """
 
@@ -94,54 +98,6 @@ class Reservation:
     plain_v: torch.Tensor
 
 
-class _FormatPages:
-    """Free pages of one format, by the extent they lie in."""
-
-    def __init__(self, page_bytes: int, per_extent: int) -> None:
-        self.page_bytes = page_bytes
-        self.per_extent = per_extent
-        self.free: dict[int, list[int]] = {}
-        self.extents: set[int] = set()
-
-    @property
-    def free_pages(self) -> int:
-        return sum(map(len, self.free.values()))
-
-    @property
-    def held_pages(self) -> int:
-        return len(self.extents) * self.per_extent - self.free_pages
-
-    def missing_extents(self, pages: int) -> int:
-        return math.ceil(max(0, pages - self.free_pages) / self.per_extent)
-
-    def add(self, extent: int) -> None:
-        self.extents.add(extent)
-        self.free[extent] = list(range((extent + 1) * self.per_extent - 1, extent * self.per_extent - 1, -1))
-
-    def take(self, pages: int) -> list[int]:
-        taken: list[int] = []
-        while len(taken) < pages:
-            extent, free = next(iter(self.free.items()))
-            while free and len(taken) < pages:
-                taken.append(free.pop())
-            if not free:
-                del self.free[extent]
-        return taken
-
-    def give_back(self, pages: Sequence[int]) -> list[int]:
-        """Returns the extents that nobody uses any more."""
-        emptied = []
-        for page in pages:
-            extent = page // self.per_extent
-            free = self.free.setdefault(extent, [])
-            free.append(page)
-            if len(free) == self.per_extent:
-                del self.free[extent]
-                self.extents.remove(extent)
-                emptied.append(extent)
-        return emptied
-
-
 class PagePool:
     """All KV memory of one engine.
 
@@ -150,6 +106,7 @@ class PagePool:
         packed_formats: Names of the codecs that are accepted.
         plain_dtype: Elements of unquantised pages.
         capacity_tokens: A single request of so many tokens must fit, however it is packed (if no wider than plain).
+        orders: How packed pages lie in memory.
         device: Where the memory lies.
     """
 
@@ -160,56 +117,64 @@ class PagePool:
         packed_formats: Sequence[str],
         plain_dtype: torch.dtype,
         capacity_tokens: int,
+        orders: PageOrders = page_order,
         device: torch.device | str = "cpu",
     ) -> None:
         self.geometry = geometry
         self.plain_dtype = plain_dtype
-        self.plain_format = PLAIN_FORMATS[plain_dtype]
-        sizes = {name: geometry.page_bytes(name) for name in dict.fromkeys((*packed_formats, self.plain_format))}
-        extent_bytes = math.lcm(*sizes.values())
-        self._formats = {name: _FormatPages(size, extent_bytes // size) for name, size in sizes.items()}
+        self._orders: dict[tuple[str, Role], PageOrder] = {
+            (name, role): orders(name, role, geometry.head_dim) for name in packed_formats for role in Role
+        }
+        self._strides = {kind: _quanta(order.page_bytes) for kind, order in self._orders.items()}
+        self._plain_stride = _quanta(GROUP_TOKENS * geometry.head_dim * plain_dtype.itemsize)
+        widest = max((self._plain_stride, *self._strides.values()))
+        # A multiple of the plain page, so that plain pages can also be numbered.
+        extent = self._plain_stride * max(_EXTENT_PAGES, math.ceil(_EXTENT_WIDEST * widest / self._plain_stride))
         plain_pages = 2 * math.ceil(capacity_tokens / GROUP_TOKENS)
         # One request's packed keys and values may each begin an extent of their own: room asked for is room to be had.
-        self.extents = 2 + math.ceil(plain_pages / self._formats[self.plain_format].per_extent)
-        self._free_extents = list(range(self.extents - 1, -1, -1))
+        extents = 2 + math.ceil(plain_pages / (extent // self._plain_stride))
+        self._slabs = Slabs(extents, extent)
         self._reservations: set[Reservation] = set()
         # Untouched memory costs nothing until it is written.
-        self._memory = torch.empty((geometry.layers, self.extents * extent_bytes), dtype=torch.uint8, device=device)
-        self._views: dict[str, list[torch.Tensor]] = {
-            name: [layer.view(-1, geometry.kv_heads, size // geometry.kv_heads) for layer in self._memory]
-            for name, size in sizes.items()
+        shape = (geometry.layers, geometry.kv_heads, extents * extent * ALIGNMENT)
+        self.memory = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._views = {
+            kind: [self._pages_of(layer, order.page_bytes) for layer in self.memory]
+            for kind, order in self._orders.items()
         }
-        self._plain = self._memory.view(plain_dtype).view(
-            geometry.layers, -1, geometry.kv_heads, GROUP_TOKENS, geometry.head_dim
-        )
-        self._plain_layers: list[torch.Tensor] = list(self._plain)
+        heads, page = geometry.kv_heads, (GROUP_TOKENS, geometry.head_dim)
+        self._runs: list[torch.Tensor] = [layer.view(plain_dtype).view(heads, -1, *page) for layer in self.memory]
+        self._plain: list[torch.Tensor] = [
+            self._pages_of(layer, self._plain_stride * ALIGNMENT).view(plain_dtype).view(-1, heads, *page)
+            for layer in self.memory
+        ]
 
     @property
     def memory_bytes(self) -> int:
         """Size of the memory."""
-        return self._memory.numel()
+        return self.memory.numel()
 
     @property
     def capacity_tokens(self) -> int:
         """Unquantised tokens that fit."""
-        return self.extents * self._formats[self.plain_format].per_extent // 2 * GROUP_TOKENS
+        return self._slabs.extents * self._slabs.per_extent(self._plain_stride) // 2 * GROUP_TOKENS
 
     @property
     def used_tokens(self) -> int:
         """Held memory in unquantised tokens, rounded up: packed ones count for what they take."""
-        held = sum(pages.held_pages * pages.page_bytes for pages in self._formats.values())
-        return math.ceil(held * GROUP_TOKENS / (2 * self._formats[self.plain_format].page_bytes))
+        return math.ceil(self._slabs.live_quanta * GROUP_TOKENS / (2 * self._plain_stride))
+
+    def order(self, page_format: str, role: Role) -> PageOrder:
+        """How pages of a codec lie in memory."""
+        return self._orders[page_format, role]
 
     def fits_when_empty(self, need: Need) -> bool:
         """Whether an idle pool could hold it: if not, waiting is of no use."""
-        pages = self._pages(need)
-        wanted = sum(math.ceil(count / self._formats[name].per_extent) for name, count in pages.items())
-        return wanted <= self.extents
+        return self._slabs.fits_when_empty(self._pages(need))
 
     def can_reserve(self, need: Need) -> bool:
         """Whether `reserve` would succeed now."""
-        missing = sum(self._formats[name].missing_extents(count) for name, count in self._pages(need).items())
-        return missing <= len(self._free_extents)
+        return self._slabs.fits(self._pages(need))
 
     def reserve(self, need: Need) -> Reservation:
         """Takes the pages; ask `can_reserve` before.
@@ -219,14 +184,12 @@ class PagePool:
         """
         if not self.can_reserve(need):
             raise Internal("pages were reserved that are not free")
-        k_packed = self._take(need.k_format, need.packed_groups)
-        v_packed = self._take(need.v_format, need.packed_groups)
         reservation = Reservation(
             need,
-            k_packed,
-            v_packed,
-            self._take(self.plain_format, need.plain_groups),
-            self._take(self.plain_format, need.plain_groups),
+            self._take_packed(need, Role.K),
+            self._take_packed(need, Role.V),
+            self._take(self._plain_stride, need.plain_groups),
+            self._take(self._plain_stride, need.plain_groups),
         )
         self._reservations.add(reservation)
         return reservation
@@ -240,31 +203,52 @@ class PagePool:
         if reservation not in self._reservations:
             raise Internal("pages were freed that are not held")
         self._reservations.remove(reservation)
-        need = reservation.need
-        for name, pages in (
-            (need.k_format, reservation.packed_k),
-            (need.v_format, reservation.packed_v),
-            (self.plain_format, reservation.plain_k),
-            (self.plain_format, reservation.plain_v),
-        ):
-            if len(pages):
-                self._free_extents += self._formats[name].give_back(pages.tolist())
+        self._slabs.give_back(_addresses(reservation))
 
-    def packed(self, page_format: str, layer: int) -> torch.Tensor:
-        """All pages of one layer in one format, uint8 [pages, kv_heads, group_bytes]: index it with a reservation."""
-        return self._views[page_format][layer]
+    def packed(self, page_format: str, role: Role, layer: int) -> torch.Tensor:
+        """Pages of one layer in one codec and role, uint8 [addresses, kv_heads, page_bytes].
+
+        Index it with a reservation's addresses. A view over the whole memory, whose rows overlap: only those at
+        addresses of this codec's pages mean anything.
+        """
+        return self._views[page_format, role][layer]
 
     def plain(self, layer: int) -> torch.Tensor:
-        """All unquantised pages of one layer, [pages, kv_heads, 32, head_dim] in `plain_dtype`."""
-        return self._plain_layers[layer]
+        """The same for unquantised pages: [addresses, kv_heads, 32, head_dim] in `plain_dtype`."""
+        return self._plain[layer]
+
+    def plain_runs(self, layer: int) -> torch.Tensor:
+        """The same pages by number, [kv_heads, numbers, 32, head_dim]: a slice of numbers is contiguous per head."""
+        return self._runs[layer]
+
+    def plain_numbers(self, addresses: torch.Tensor) -> torch.Tensor:
+        """Numbers of unquantised pages for `plain_runs`."""
+        return addresses // self._plain_stride
+
+    def store(
+        self, page_format: str, role: Role, layer: int, addresses: torch.Tensor, heads: slice, units: torch.Tensor
+    ) -> None:
+        """Puts what arrived into pages, in their order.
+
+        Args:
+            page_format: The codec's name.
+            role: K or V.
+            layer: Which layer.
+            addresses: int64 [groups], of the pages.
+            heads: Which heads.
+            units: uint8 [heads, groups, group_bytes], as on the wire.
+        """
+        arranged = self._orders[page_format, role].arrange(units.to(self.memory.device))
+        self._views[page_format, role][layer][addresses, heads] = arranged.transpose(0, 1)
 
     def clear(self, plain_pages: torch.Tensor) -> None:
         """Zeroes unquantised pages, so that what is not written yet is finite wherever it is read and masked.
 
         Args:
-            plain_pages: int64 [n].
+            plain_pages: int64 [n], addresses.
         """
-        self._plain.index_fill_(1, plain_pages, 0)
+        for layer in self._plain:
+            layer.index_fill_(0, plain_pages, 0)
 
     def check_integrity(self) -> None:
         """Proves that every page and extent has exactly one owner.
@@ -272,46 +256,35 @@ class PagePool:
         Raises:
             Internal: Naming what is wrong.
         """
-        owned: list[int] = list(self._free_extents)
-        for name, pages in self._formats.items():
-            owned += pages.extents
-            held = [page for reservation in self._reservations for page in self._held(reservation, name)]
-            everything = sorted(held + [page for free in pages.free.values() for page in free])
-            expected = sorted(
-                page
-                for extent in pages.extents
-                for page in range(extent * pages.per_extent, (extent + 1) * pages.per_extent)
-            )
-            if everything != expected:
-                raise Internal(f"pages of format {name} are lost or owned twice")
-        if sorted(owned) != list(range(self.extents)):
-            raise Internal("extents are lost or owned twice")
+        self._slabs.check((address for held in self._reservations for address in _addresses(held)), ())
 
-    def _pages(self, need: Need) -> Mapping[str, int]:
-        pages: dict[str, int] = {}
-        for name, count in (
-            (need.k_format, need.packed_groups),
-            (need.v_format, need.packed_groups),
-            (self.plain_format, 2 * need.plain_groups),
-        ):
-            if count:
-                pages[name] = pages.get(name, 0) + count
+    def _pages_of(self, layer: torch.Tensor, page_bytes: int) -> torch.Tensor:
+        heads, head_bytes = layer.shape
+        rows = (head_bytes - page_bytes) // ALIGNMENT + 1
+        return layer.as_strided((rows, heads, page_bytes), (ALIGNMENT, head_bytes, 1))
+
+    def _pages(self, need: Need) -> Mapping[int, int]:
+        """Pages by stride."""
+        pages = {self._plain_stride: 2 * need.plain_groups}
+        if need.packed_groups:
+            for kind in ((need.k_format, Role.K), (need.v_format, Role.V)):
+                stride = self._strides[kind]
+                pages[stride] = pages.get(stride, 0) + need.packed_groups
         return pages
 
-    def _take(self, page_format: str, pages: int) -> torch.Tensor:
-        if not pages:
+    def _take_packed(self, need: Need, role: Role) -> torch.Tensor:
+        if not need.packed_groups:
             return torch.empty(0, dtype=torch.int64)
-        store = self._formats[page_format]
-        for _ in range(store.missing_extents(pages)):
-            store.add(self._free_extents.pop())
-        return torch.tensor(store.take(pages), dtype=torch.int64)
+        return self._take(self._strides[need.k_format if role is Role.K else need.v_format, role], need.packed_groups)
 
-    def _held(self, reservation: Reservation, page_format: str) -> list[int]:
-        need, held = reservation.need, []
-        if need.packed_groups and need.k_format == page_format:
-            held += reservation.packed_k.tolist()
-        if need.packed_groups and need.v_format == page_format:
-            held += reservation.packed_v.tolist()
-        if page_format == self.plain_format:
-            held += reservation.plain_k.tolist() + reservation.plain_v.tolist()
-        return held
+    def _take(self, stride: int, pages: int) -> torch.Tensor:
+        return torch.tensor(self._slabs.take(stride, pages), dtype=torch.int64)
+
+
+def _quanta(page_bytes: int) -> int:
+    return -(-page_bytes // ALIGNMENT)
+
+
+def _addresses(reservation: Reservation) -> list[int]:
+    parts = (reservation.packed_k, reservation.packed_v, reservation.plain_k, reservation.plain_v)
+    return [address for part in parts for address in part.tolist()]

@@ -10,10 +10,7 @@ from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
-from hma_serve.kvblock import Acceptance, Codec, KvFormatError, OffsetTable, codec
-
-ACCEPTED_CODECS = ("f32", "bf16", "tt_bfp8_b")
-"""What the page pool is cut for. Every format costs it alignment: an extent is a multiple of every format's page."""
+from hma_serve.kvblock import Acceptance, Codec, KvFormatError, OffsetTable, codec, codec_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +104,7 @@ def read_served_model(model: str, max_model_len: int | None, k_offsets: Path | N
         fingerprint=own,
         k_offsets=read_k_offsets(k_offsets, config, model_fingerprint=own, profile=None),
         max_model_len=max_model_len or longest,
-        codecs=tuple(known for known in map(codec, ACCEPTED_CODECS) if _fits(known, config.head_dim)),
+        codecs=tuple(known for known in map(codec, codec_names()) if _fits(known, config.head_dim)),
     )
 
 
