@@ -96,6 +96,9 @@ BROKEN: dict[str, Change] = {
     "unknown_critical_extension": _do(lambda stream: stream.manifest.critical_extensions.append(7)),
     "empty_manifest": _do(lambda stream: stream.manifest.ClearField("layer_groups")),
     "limit_exceeded": _manifest(token_count=2**32 - 64),
+    "limit_exceeded.roles": _do(
+        lambda stream: stream.manifest.layer_groups[0].roles.extend([stream.manifest.layer_groups[0].roles[0]] * 99)
+    ),
     "partial_group": _manifest(token_count=63),
     "unknown_codec": _do(lambda stream: setattr(stream.manifest.codecs[0], "version", 9)),
     "unknown_role": _do(lambda stream: setattr(stream.manifest.layer_groups[0].roles[0], "role", 3)),

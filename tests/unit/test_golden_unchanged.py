@@ -6,7 +6,7 @@ import hashlib
 
 from support.kv_streams import GOLDEN
 
-FOLDERS = ("descriptors", "kv_vectors", "kvblock", "tenstorrent")
+FOLDERS = ("descriptors", "kv_vectors", "kvblock", "semantics", "tenstorrent")
 LISTED = dict(line.split("  ", 1)[::-1] for line in (GOLDEN / "SHA256SUMS").read_text().splitlines())
 
 

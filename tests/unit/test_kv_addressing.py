@@ -38,7 +38,7 @@ def test_any_split_and_order_gives_the_same_cache(order: list[tuple[int, int, in
     packer = kvblock.codec(codec)
     rng = np.random.default_rng(0)
     whole = {key: packer.encode(rng.standard_normal((2, 192, 32)).astype(np.float32)) for key in plan.roles}
-    coverage = kvblock.Coverage(plan)
+    coverage = kvblock.Coverage(plan, streams=2)
     writers = [kvblock.StreamWriter(plan, TICKET, EPOCH) for _ in range(2)]
     readers = [kvblock.StreamReader(plan, TICKET, EPOCH, coverage) for _ in range(2)]
     cache = {key: np.zeros_like(units) for key, units in whole.items()}

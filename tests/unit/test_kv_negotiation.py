@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 
 import pytest
 
@@ -24,6 +26,7 @@ from support.descriptors import baseline, message_classes
 from support.kv_streams import (
     EPOCH,
     FINGERPRINT,
+    GOLDEN,
     HEAD_DIM,
     HEADS,
     LAYERS,
@@ -38,6 +41,10 @@ from support.kv_streams import (
 SEMANTICS = KvSemantics(
     model_fingerprint=FINGERPRINT, layers=LAYERS, kv_heads=HEADS, head_dim=HEAD_DIM, rope_theta=1e6, qk_norm=True
 )
+
+
+# A newer minor version, as a peer built from the next schema would write it: fields 90 and up are unknown here.
+UNKNOWN = b"\xd2\x05\x05newer" + b"\xd8\x05\x2a"
 
 
 def support(*codecs: str, semantics: KvSemantics = SEMANTICS, **fields: object) -> KvSupport:
@@ -113,6 +120,54 @@ def test_another_meaning_is_refused_by_name(semantics: KvSemantics, field: str) 
         assert refused.value.field == field
 
 
+@pytest.mark.parametrize("stated", ["", "0" * 64, kvblock.semantic_hash(other(layers=3)), "x" * 1000])
+def test_a_hash_that_is_not_that_of_its_semantics_is_refused(stated: str) -> None:
+    spoilt = support(semantic_hash=stated)
+    for pair in ((spoilt, support()), (support(), spoilt), (spoilt, spoilt)):
+        with pytest.raises(errors.Incompatible) as refused:
+            kvblock.negotiate(*pair)
+        assert refused.value.field == "semantic_hash"
+        assert len(refused.value.message) < 400
+
+
+def test_scheme_1_hashes_what_it_always_did() -> None:
+    for case in json.loads((GOLDEN / "semantics" / "scheme1.json").read_text()):
+        assert kvblock.semantic_hash(KvSemantics(**case["semantics"])) == case["sha256"]
+        text = "hma-serve kv semantics 1\n" + "".join(f"{name}={value}\n" for name, value in case["hashed"])
+        assert hashlib.sha256(text.encode()).hexdigest() == case["sha256"]
+
+
+def test_fields_of_newer_minor_versions_change_neither_hash_nor_agreement() -> None:
+    semantics = KvSemantics.FromString(SEMANTICS.SerializeToString() + UNKNOWN)
+    assert kvblock.semantic_hash(semantics) == kvblock.semantic_hash(SEMANTICS)
+    newer = KvSupport.FromString(support(semantics=semantics).SerializeToString() + UNKNOWN)
+    newer.format_minor = kvblock.FORMAT_MINOR + 1
+    agreed = kvblock.negotiate(support(), support())
+    assert kvblock.negotiate(newer, support()) == kvblock.negotiate(support(), newer) == agreed
+
+
+@pytest.mark.parametrize("pages", [[7], [0], [33], [7, 0, 48]])
+def test_pages_that_are_not_whole_groups_are_never_chosen(pages: list[int]) -> None:
+    with pytest.raises(errors.Incompatible) as refused:
+        kvblock.negotiate(support(page_tokens=pages), support(page_tokens=pages))
+    assert refused.value.field == "page_tokens"
+    agreed = kvblock.negotiate(support(page_tokens=[*pages, 64]), support(page_tokens=[*pages, 64]))
+    assert agreed.page_tokens == 64
+
+
+def test_a_codec_or_an_order_that_is_nothing_is_never_chosen() -> None:
+    nothing = KvCodecSpec()
+    with pytest.raises(errors.Incompatible) as refused:
+        kvblock.negotiate(support(k_codecs=[nothing, kvblock.codec("int8").spec()]), support(k_codecs=[nothing]))
+    assert refused.value.field == "k_codecs"
+    for pairings in ([], [0]):  # of a model that has RoPE
+        with pytest.raises(errors.Incompatible) as refused:
+            kvblock.negotiate(support(rope_pairings=pairings), support(rope_pairings=pairings))
+        assert refused.value.field == "rope_pairings"
+    none = support(semantics=other(rope_theta=0.0), rope_pairings=[])
+    assert kvblock.negotiate(none, none).rope_pairing == 0
+
+
 @pytest.mark.parametrize(
     ("producer", "receiver", "field"),
     [
@@ -183,10 +238,6 @@ def test_offers_carry_the_meaning_so_that_wrong_pairs_hold_no_pages() -> None:
         kvblock.check_offer(offer, accepts)
     assert refused.value.field == "k_offsets"
     kvblock.check_offer(offer, dataclasses.replace(accepts, k_offsets=True))
-
-
-# A newer minor version, as a peer built from the next schema would write it: fields 90 and up are unknown here.
-UNKNOWN = b"\xd2\x05\x05newer" + b"\xd8\x05\x2a"
 
 
 def test_a_newer_producer_is_read() -> None:

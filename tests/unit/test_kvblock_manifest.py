@@ -175,6 +175,7 @@ def test_each_rule_has_its_error(
     [
         (kvblock.Limits(max_layers=1), "layer_groups"),
         (kvblock.Limits(max_codecs=0), "codecs"),
+        (kvblock.Limits(max_roles=1), "layer_groups[0].roles"),
         (kvblock.Limits(max_heads=1), "layer_groups[0].roles[0].kv_heads"),
         (kvblock.Limits(max_head_dim=31), "layer_groups[0].roles[0].head_dim"),
         (kvblock.Limits(max_unit_bytes=1087), "layer_groups[0].roles[0].head_dim"),
@@ -193,6 +194,7 @@ def test_caps_are_inclusive() -> None:
     exact = kvblock.Limits(
         max_layers=2,
         max_codecs=1,
+        max_roles=2,
         max_heads=2,
         max_head_dim=32,
         max_tokens=96,

@@ -20,6 +20,7 @@ def test_exports() -> None:
         "GROUP_TOKENS",
         "HEADER_ROOM_BYTES",
         "MAX_MESSAGE_BYTES",
+        "MAX_TABLE_BYTES",
         "Acceptance",
         "Block",
         "Codec",

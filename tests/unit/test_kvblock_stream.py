@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from hma_serve import kvblock
 from hma_serve.kvblock import errors
-from hma_serve.v1.kv_block_pb2 import KV_ROLE_K, KV_ROLE_LATENT, KV_ROLE_V
+from hma_serve.v1.kv_block_pb2 import KV_ROLE_K, KV_ROLE_LATENT, KV_ROLE_V, KvManifest
 from hma_serve.v1.kv_transfer_pb2 import PushEnd
-from support.kv_streams import EPOCH, TICKET, random_units, small_manifest, small_plan
+from support.kv_streams import EPOCH, HEAD_DIM, TICKET, random_units, small_manifest, small_plan
 
 
 @pytest.mark.parametrize("codec", kvblock.codec_names())
@@ -56,7 +57,7 @@ def test_heads_of_two_producers_and_tokens_of_three_arrive_in_any_order(order: l
     manifest = small_manifest(token_count=192)
     manifest.layer_groups[0].layers[:] = [0]
     plan = kvblock.validate_manifest(manifest)
-    coverage = kvblock.Coverage(plan)
+    coverage = kvblock.Coverage(plan, streams=2)
     writers = [kvblock.StreamWriter(plan, TICKET, EPOCH) for _ in range(2)]
     readers = [kvblock.StreamReader(plan, TICKET, EPOCH, coverage) for _ in range(2)]
     sent = {key: random_units(plan, seed) for seed, key in enumerate(plan.roles)}
@@ -88,6 +89,62 @@ def test_a_shared_coverage_refuses_what_the_other_producer_sent() -> None:
         else:
             with pytest.raises(expected):
                 reader.validate(header.block, payload.reshape(-1))
+
+
+def test_holes_are_no_fault_until_the_last_stream_of_a_ticket_ends() -> None:
+    plan = small_plan()
+    coverage = kvblock.Coverage(plan, streams=2)
+    for head in range(2):
+        writer = kvblock.StreamWriter(plan, TICKET, EPOCH)
+        reader = kvblock.StreamReader(plan, TICKET, EPOCH, coverage)
+        for (layer, _), role_plan in list(plan.roles.items())[head:]:  # the second producer forgets its first role
+            units = random_units(plan)[head : head + 1]
+            for header, payload in writer.blocks(layer, role_plan.role, units, token_start=32, head_start=head):
+                reader.validate(header.block, payload.reshape(-1))
+        if head:
+            with pytest.raises(errors.IncompleteCoverage):
+                reader.finish(PushEnd(blocks=writer.sent))
+        else:
+            reader.finish(PushEnd(blocks=writer.sent))
+            assert not coverage.complete
+    with pytest.raises(ValueError, match="ended before"):
+        coverage.end_stream()
+
+
+def _set_codec(manifest: KvManifest) -> None:
+    manifest.codecs[0].CopyFrom(kvblock.codec("mxint8").spec())
+
+
+def _add_offset(manifest: KvManifest) -> None:
+    manifest.k_offsets.add(values=bytes(4 * HEAD_DIM))
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("model_fingerprint", lambda manifest: setattr(manifest, "model_fingerprint", "00")),
+        ("token_count", lambda manifest: setattr(manifest, "token_count", 32)),
+        ("rope.theta", lambda manifest: setattr(manifest.rope, "theta", 1e4)),
+        ("layer_groups", _set_codec),
+        ("k_offsets", _add_offset),
+    ],
+)
+def test_a_stream_of_another_cache_joins_no_ticket(field: str, change: Callable[[KvManifest], None]) -> None:
+    manifest = small_manifest()
+    change(manifest)
+    coverage = kvblock.Coverage(small_plan())
+    with pytest.raises(errors.Incompatible) as refused:
+        kvblock.StreamReader(kvblock.validate_manifest(manifest), TICKET, EPOCH, coverage)
+    assert refused.value.field == field
+
+
+def test_streams_of_one_ticket_may_differ_in_what_means_nothing() -> None:
+    manifest = small_manifest()
+    manifest.producer.vendor = "another"
+    manifest.codecs.insert(0, kvblock.codec("bf16").spec())  # its own table of codecs
+    for role in manifest.layer_groups[0].roles:
+        role.codec = 1
+    kvblock.Coverage(small_plan()).admit(kvblock.validate_manifest(manifest))
 
 
 def test_the_writer_refuses_what_the_manifest_does_not_describe() -> None:

@@ -26,6 +26,7 @@ class Limits:
 
     Attributes:
         max_layers: Layers in all groups together.
+        max_roles: Roles of one layer group.
         max_codecs: Entries of the codec table.
         max_heads: KV heads of one layer and role.
         max_head_dim: Channels of one head.
@@ -36,6 +37,7 @@ class Limits:
     """
 
     max_layers: int = 1024
+    max_roles: int = 16
     max_codecs: int = 64
     max_heads: int = 1024
     max_head_dim: int = 4096

@@ -269,6 +269,8 @@ def _check_counts(manifest: KvManifest, limits: Limits) -> None:
     if not layers or not all(group.layers and group.roles for group in manifest.layer_groups):
         raise EmptyManifest("every layer group needs layers and roles", field="layer_groups")
     _cap(layers, limits.max_layers, "layers", "layer_groups")
+    for index, group in enumerate(manifest.layer_groups):
+        _cap(len(group.roles), limits.max_roles, "roles", f"layer_groups[{index}].roles")
     _cap(len(manifest.codecs), limits.max_codecs, "codecs", "codecs")
 
 

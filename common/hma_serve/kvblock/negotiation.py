@@ -1,8 +1,9 @@
 """What a pair uses: a pure function of what the two sides support. Meaning must be equal, means are chosen.
 
-First the meaning (one hash, and the field's name if it differs), then the lists, the producer's order of preference
-deciding. Software, vendors and minor versions are not compared; fields of newer minor versions are not seen. Codec
-versions are matched codec by codec, not hashed, so that a side that learns a new one still pairs with its elders.
+First the meaning, field by field; the hash, which only names it in a line, must be that of the fields beside it. Then
+the lists, the producer's order of preference deciding; entries that mean nothing are passed over. Software, vendors and
+minor versions are not compared; fields of newer minor versions are not seen. Codec versions are matched codec by codec,
+not hashed, so that a side that learns a new one still pairs with its elders.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from hma_serve.v1.kv_block_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from hma_serve.kvblock.codecs import Codec
 
 _T = TypeVar("_T")
 _SCHEME: Final = b"hma-serve kv semantics 1\n"
-_FIELDS: Final = (
+_SCHEME_FIELDS: Final = (
     "model_fingerprint",
     "layers",
     "kv_heads",
@@ -41,6 +42,8 @@ _FIELDS: Final = (
     "qk_norm",
     "rotation_id",
 )
+"""What scheme 1 hashes, in this order, for ever: a field of a later minor version is not in it, or versions would part.
+What must not be ignored is an extension; what else must be hashed is another scheme in a field of its own."""
 _SHOWN: Final = 80
 _MAX_LISTED: Final = 64
 """Entries of a peer's list that are looked at."""
@@ -49,7 +52,7 @@ _MAX_LISTED: Final = 64
 def semantic_hash(semantics: KvSemantics) -> str:
     """SHA-256 hex of the fields in order, each as `name=value` and a newline; theta as the hex of its float64 bits."""
     digest = hashlib.sha256(_SCHEME)
-    for field in _FIELDS:
+    for field in _SCHEME_FIELDS:
         value = getattr(semantics, field)
         text = struct.pack(">d", value).hex() if field == "rope_theta" else str(int(value) if value is True else value)
         digest.update(f"{field}={'0' if value is False else text}\n".encode())
@@ -116,14 +119,8 @@ def negotiate(producer: KvSupport, receiver: KvSupport) -> KvAgreement:
     return KvAgreement(
         k_codec=_common_codec("k_codecs", producer.k_codecs, receiver.k_codecs),
         v_codec=_common_codec("v_codecs", producer.v_codecs, receiver.v_codecs),
-        page_tokens=_common(
-            "page_tokens", producer.page_tokens or [GROUP_TOKENS], receiver.page_tokens or [GROUP_TOKENS]
-        ),
-        rope_pairing=_common(
-            "rope_pairings",
-            producer.rope_pairings or [KV_ROPE_PAIRING_UNSPECIFIED],
-            receiver.rope_pairings or [KV_ROPE_PAIRING_UNSPECIFIED],
-        ),
+        page_tokens=_common("page_tokens", producer.page_tokens, receiver.page_tokens, GROUP_TOKENS, _is_page),
+        rope_pairing=_common_pairing(producer, receiver),
         k_offsets=producer.k_offsets,
     )
 
@@ -134,7 +131,7 @@ def check_semantics(offered: KvSemantics, wanted: KvSemantics) -> None:
     Raises:
         Incompatible: Naming the first field that differs, as `semantics.NAME`.
     """
-    for field in _FIELDS:
+    for field in _SCHEME_FIELDS:
         found, right = getattr(offered, field), getattr(wanted, field)
         if found != right:
             shown = repr(found)[:_SHOWN]
@@ -142,16 +139,20 @@ def check_semantics(offered: KvSemantics, wanted: KvSemantics) -> None:
 
 
 def _check_meaning(producer: KvSupport, receiver: KvSupport) -> None:
-    if producer.semantic_hash == receiver.semantic_hash:
-        return
+    for name, side in (("producer", producer), ("receiver", receiver)):
+        right = semantic_hash(side.semantics)
+        if side.semantic_hash != right:
+            raise Incompatible(
+                f"the {name} states {side.semantic_hash[:_SHOWN]!r}, its semantics have {right!r}",
+                field="semantic_hash",
+            )
     check_semantics(producer.semantics, receiver.semantics)
-    raise Incompatible("the sides differ in something that this version cannot name", field="semantic_hash")
 
 
 def _common_codec(field: str, offered: Sequence[KvCodecSpec], accepted: Sequence[KvCodecSpec]) -> KvCodecSpec:
-    readable = {_identity(spec) for spec in accepted} | {_identity(codec("bf16").spec())}
+    readable = {_identity(spec) for spec in accepted[:_MAX_LISTED]} | {_identity(codec("bf16").spec())}
     for spec in offered[:_MAX_LISTED]:
-        if _identity(spec) in readable:
+        if spec.id and spec.version and _identity(spec) in readable:
             return spec
     raise Incompatible(
         f"the receiver reads none of the {len(offered)} codecs that the producer sends, and bf16 is not among them",
@@ -163,10 +164,24 @@ def _identity(spec: KvCodecSpec) -> tuple[int, int, int]:
     return int(spec.id), spec.version, int(spec.granularity)
 
 
-def _common(field: str, offered: Sequence[_T], accepted: Sequence[_T]) -> _T:
-    for choice in offered[:_MAX_LISTED]:
-        if choice in accepted:
+def _common_pairing(producer: KvSupport, receiver: KvSupport) -> KvRopePairing.ValueType:
+    """Of a model without RoPE none; a model with it has an order, which both sides must state."""
+    field, sides = "rope_pairings", (producer.rope_pairings, receiver.rope_pairings)
+    if producer.semantics.rope_theta:
+        return _common(field, *sides, None, lambda pairing: pairing != KV_ROPE_PAIRING_UNSPECIFIED)
+    return _common(field, *sides, KV_ROPE_PAIRING_UNSPECIFIED, lambda pairing: True)
+
+
+def _is_page(tokens: int) -> bool:
+    return tokens > 0 and tokens % GROUP_TOKENS == 0
+
+
+def _common(
+    field: str, offered: Sequence[_T], accepted: Sequence[_T], default: _T | None, valid: Callable[[_T], bool]
+) -> _T:
+    """The first valid entry that both lists have; an empty list means the default, if there is one."""
+    lists = [list(side[:_MAX_LISTED]) or ([] if default is None else [default]) for side in (offered, accepted)]
+    for choice in lists[0]:
+        if choice in lists[1] and valid(choice):
             return choice
-    raise Incompatible(
-        f"the producer has {list(offered[:_MAX_LISTED])}, the receiver {list(accepted[:_MAX_LISTED])}", field=field
-    )
+    raise Incompatible(f"the producer has {lists[0]}, the receiver {lists[1]}", field=field)

@@ -146,6 +146,9 @@ class StreamWriter:
 class StreamReader:
     """Checks the blocks of one stream in their order.
 
+    Raises:
+        Incompatible: `coverage` is that of another cache.
+
     Attributes:
         received: Blocks so far.
         payload_bytes: Their payloads.
@@ -160,6 +163,7 @@ class StreamReader:
         self.received = 0
         self.payload_bytes = 0
         self.coverage = coverage or Coverage(plan)
+        self.coverage.admit(plan)
 
     @property
     def complete(self) -> bool:
@@ -185,15 +189,15 @@ class StreamReader:
         return block
 
     def finish(self, end: PushEnd) -> None:
-        """Check the end frame: all blocks came, and the manifest is covered.
+        """Check the end frame: all blocks came, and with the ticket's last stream the manifest is covered.
 
         Raises:
             WrongBlockCount: The producer sent another number of blocks.
-            IncompleteCoverage: Something never came.
+            IncompleteCoverage: Something never came, and no other stream can bring it.
         """
         if end.blocks != self.received:
             raise WrongBlockCount(f"{end.blocks} sent, {self.received} received", field="blocks")
-        self.coverage.require_complete()
+        self.coverage.end_stream()
 
     def _check_identity(self, header: KvBlockHeader) -> None:
         if header.ticket != self._ticket:
