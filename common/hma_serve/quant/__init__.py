@@ -18,7 +18,6 @@ from hma_serve.quant.operands import (
     multiply,
     operand_format,
     operand_format_names,
-    row_scale,
 )
 from hma_serve.quant.plain import Plain
 
@@ -37,7 +36,6 @@ __all__ = [
     "operand_format",
     "operand_format_names",
     "reference_attention",
-    "row_scale",
     "subtract_offset",
 ]
 

@@ -46,25 +46,39 @@ class OperandFormat:
 
     Attributes:
         name: What profiles call it.
-        quantize: Rounds [rows, features], groups along the features. Any float dtype, float32 values (`bf16` and `int8`
-            keep their own).
-        group: Features that share a scale; features are a multiple of it. 1: a whole row, or none.
+        round_values: Rounds float32 [rows, features], groups along the features, under scales [rows, 1] if it has them.
+        group: Features that share a scale; features are a multiple of it. 1: a whole row does, or none.
+        largest: What a row's largest magnitude is scaled to; None: rows have no scale of their own.
         weights_by_output: A weight's groups run along its output features instead: Tenstorrent stores it as [in, out].
     """
 
     name: str
-    quantize: Callable[[Tensor], Operand]
+    round_values: Callable[[Tensor, Tensor | None], Tensor]
     group: int = 1
+    largest: float | None = None
     weights_by_output: bool = False
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """Scales of the rows of [rows, features], float32 [rows, 1], if the format has them."""
+        if self.largest is None:
+            return None
+        return divide(x.float().abs().amax(-1, keepdim=True), self.largest).clamp(min=SMALLEST_SCALE)
+
+    def quantize(self, x: Tensor, scale: Tensor | None = None) -> Operand:
+        """Rounds [rows, features] of any float dtype.
+
+        Args:
+            x: The matrix.
+            scale: Of its rows, where `x` is only a part of them; None: `self.scale(x)`.
+        """
+        scale = self.scale(x) if scale is None else scale
+        return Operand(self.round_values(x, scale), scale)
 
     def quantize_weight(self, weight: Tensor) -> Operand:
         """Rounds a weight [out, in]."""
         if not self.weights_by_output:
             return self.quantize(weight)
-        values, scale = self.quantize(weight.T)
-        if scale is not None:
-            raise ValueError(f"{self.name} cannot scale input features apart from the product")
-        return Operand(values.T.contiguous(), None)
+        return Operand(self.quantize(weight.T).values.T.contiguous(), None)
 
 
 def multiply(x: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
@@ -83,47 +97,43 @@ def multiply(x: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
     return product.to(dtype)
 
 
-def row_scale(x: Tensor, largest: float) -> Tensor:
-    """float32 [..., 1]: the multiplier that lets each row's largest magnitude be `largest`."""
-    return divide(x.float().abs().amax(-1, keepdim=True), largest).clamp(min=SMALLEST_SCALE)
+_Rounding = Callable[["Tensor", "Tensor | None"], "Tensor"]
 
 
-def _plain(dtype: torch.dtype) -> Callable[[Tensor], Operand]:
-    return lambda x: Operand(x.to(dtype), None)
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x.float() if scale is None else x.float() / scale
 
 
-def _block_float(bits: int) -> Callable[[Tensor], Operand]:
-    return lambda x: Operand(fake_quantize_block_float(x.float(), bits), None)
+def _plain(dtype: torch.dtype) -> _Rounding:
+    return lambda x, _: x.to(dtype)
 
 
-def _fp8(dtype: torch.dtype, largest: float) -> Callable[[Tensor], Operand]:
-    def quantize(x: Tensor) -> Operand:
-        scale = row_scale(x, largest)
-        return Operand((x.float() / scale).clamp_(-largest, largest).to(dtype).float(), scale)
-
-    return quantize
+def _block_float(bits: int) -> _Rounding:
+    return lambda x, _: fake_quantize_block_float(x.float(), bits)
 
 
-def _int8(x: Tensor) -> Operand:
-    scale = row_scale(x, 127.0)
-    return Operand((x.float() / scale).round_().clamp_(-127, 127).to(torch.int8), scale)
+def _mx(codec: MxCodec) -> _Rounding:
+    return lambda x, _: codec.round_trip(x.float())
 
 
-def _mx(codec: MxCodec) -> Callable[[Tensor], Operand]:
-    return lambda x: Operand(codec.round_trip(x.float()), None)
+def _fp8(dtype: torch.dtype, largest: float) -> _Rounding:
+    return lambda x, scale: _scaled(x, scale).clamp_(-largest, largest).to(dtype).float()
 
 
-def _nvfp4(x: Tensor) -> Operand:
+def _int8(x: Tensor, scale: Tensor | None) -> Tensor:
+    return _scaled(x, scale).round_().clamp_(-127, 127).to(torch.int8)
+
+
+def _nvfp4(x: Tensor, scale: Tensor | None) -> Tensor:
     """E2M1 elements and E4M3 scales per 16; the second scale, one for a tensor in NVIDIA's recipe, is one for a row."""
     groups = x.float().reshape(*x.shape[:-1], -1, _NV_GROUP)
-    largest = groups.abs().amax(-1)
-    scale = divide(largest.amax(-1, keepdim=True), _E2M1_LARGEST * _E4M3_LARGEST).clamp(min=SMALLEST_SCALE)
-    inner = (divide(largest, _E2M1_LARGEST) / scale).clamp(max=_E4M3_LARGEST).to(torch.float8_e4m3fn).float()
-    step = (inner * scale).unsqueeze(-1)
+    outer = torch.ones((), device=x.device) if scale is None else scale
+    largest = divide(groups.abs().amax(-1), _E2M1_LARGEST) / outer
+    inner = largest.clamp(max=_E4M3_LARGEST).to(torch.float8_e4m3fn).float()
+    step = (inner * outer).unsqueeze(-1)
     codes = encode_e2m1(torch.where(step > 0, groups / step.clamp(min=SMALLEST_SCALE), 0.0))
     pairs = (codes[..., ::2] | (codes[..., 1::2] << 4)).contiguous()
-    values = decode_e2m1(pairs).view(groups.shape).mul_(inner.unsqueeze(-1))
-    return Operand(values.flatten(-2), scale)
+    return decode_e2m1(pairs).view(groups.shape).mul_(inner.unsqueeze(-1)).flatten(-2)
 
 
 _ALL: Final = (
@@ -131,14 +141,14 @@ _ALL: Final = (
     OperandFormat("bf16", _plain(torch.bfloat16)),
     OperandFormat("tt_bfp8", _block_float(8), group=16, weights_by_output=True),
     OperandFormat("tt_bfp4", _block_float(4), group=16, weights_by_output=True),
-    OperandFormat("fp8_e4m3fn", _fp8(torch.float8_e4m3fn, 448.0)),
-    OperandFormat("fp8_e4m3fnuz", _fp8(torch.float8_e4m3fnuz, 240.0)),
+    OperandFormat("fp8_e4m3fn", _fp8(torch.float8_e4m3fn, 448.0), largest=448.0),
+    OperandFormat("fp8_e4m3fnuz", _fp8(torch.float8_e4m3fnuz, 240.0), largest=240.0),
     # Gaudi's reading has the codes of E4M3FN up to 240 and no larger ones.
-    OperandFormat("fp8_e4m3_ieee", _fp8(torch.float8_e4m3fn, 240.0)),
+    OperandFormat("fp8_e4m3_ieee", _fp8(torch.float8_e4m3fn, 240.0), largest=240.0),
     OperandFormat("mxfp8_e4m3", _mx(MxFp8()), group=32),
     OperandFormat("mxint8", _mx(MxInt8()), group=32),
-    OperandFormat("nvfp4", _nvfp4, group=_NV_GROUP),
-    OperandFormat("int8", _int8),
+    OperandFormat("nvfp4", _nvfp4, group=_NV_GROUP, largest=_E2M1_LARGEST * _E4M3_LARGEST),
+    OperandFormat("int8", _int8, largest=127.0),
 )
 _BY_NAME: Final = {known.name: known for known in _ALL}
 

@@ -79,7 +79,7 @@ class Profile:
                 ) from exc
         for operand in (self.weights, self.activations):
             group = OPERAND_GROUPS[operand]
-            for name, size in grouped_sizes(model).items():
+            for name, size in _grouped_sizes(model).items():
                 if size % group:
                     raise FailedPrecondition(
                         f"profile {self.name} does not fit this model: {name} is {size}, not a multiple of {group}, "
@@ -88,7 +88,7 @@ class Profile:
                     )
 
 
-def grouped_sizes(model: ModelConfig) -> Mapping[str, int]:
+def _grouped_sizes(model: ModelConfig) -> Mapping[str, int]:
     """Every dimension along which weights or activations form groups."""
     return {
         "hidden_size": model.hidden_size,

@@ -22,6 +22,7 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.kvblock import OffsetTable
 from hma_serve.model import Progress
+from hma_serve.prefill.accelerators.sharding import WHOLE, Shard
 from hma_serve.prefill.profiles import Profile
 
 ENTRY_POINTS = "hma_serve.accelerators"
@@ -130,17 +131,20 @@ class AcceleratorSpec:
         model: Its configuration.
         profile: The arithmetic to follow.
         progress: Told while the weights load how many bytes are done, out of how many.
-        decoded_bytes: Memory that decoded copies of running requests' KV may take beside the packed bytes.
         k_offsets: Subtracted from keys before they are packed, in float32. What attends to packed keys alone needs to
             know no more: softmax does not notice what all its keys have lost.
+        shard: The share of the model to hold.
+        decoded_bytes: Memory that decoded copies of running requests' KV may take beside the packed bytes; None: as
+            suits the device.
     """
 
     checkpoint: Path
     model: ModelConfig
     profile: Profile
     progress: Progress | None = None
-    decoded_bytes: int = 1 << 30
     k_offsets: OffsetTable | None = None
+    shard: Shard = WHOLE
+    decoded_bytes: int | None = None
 
 
 AcceleratorFactory = Callable[[AcceleratorSpec], Accelerator]
@@ -156,7 +160,14 @@ def _load_cpu(spec: AcceleratorSpec) -> Accelerator:
     return CpuAccelerator(spec)
 
 
-_BUILT_IN: dict[str, AcceleratorFactory] = {"cpu": _load_cpu}
+def _load_cuda(spec: AcceleratorSpec) -> Accelerator:
+    from hma_serve.prefill.accelerators.cuda import CudaAccelerator
+
+    return CudaAccelerator(spec)
+
+
+# ROCm's torch speaks of its GPUs as CUDA's does.
+_BUILT_IN: dict[str, AcceleratorFactory] = {"cpu": _load_cpu, "cuda": _load_cuda, "rocm": _load_cuda}
 
 
 def open_accelerator(kind: str, spec: AcceleratorSpec) -> Accelerator:

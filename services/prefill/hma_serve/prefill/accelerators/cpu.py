@@ -14,10 +14,13 @@ from hma_serve import quant
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import Linear, LinearFactory, LinearSite, Transformer, open_weights
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
-from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv
+from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv, offset_tensor
 from hma_serve.prefill.attention import StoredAttention
 from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import Profile
+
+DECODED_BYTES = 1 << 30
+"""Of decoded KV by default."""
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,8 +34,8 @@ class CpuAccelerator:
         profile, model = spec.profile, spec.model
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
-        self._k_offsets = _offsets(spec)
-        self._budget = DecodedBudget(spec.decoded_bytes)
+        self._k_offsets = offset_tensor(spec)
+        self._budget = DecodedBudget(spec.decoded_bytes or DECODED_BYTES)
         self._dtype = DTYPES[profile.compute]
         opened = open_weights(spec.checkpoint, model, dtype=self._dtype, with_head=False, progress=spec.progress)
         with opened as weights:
@@ -72,13 +75,6 @@ class CpuAccelerator:
         positions = torch.cat([torch.arange(part.start, part.start + part.tokens) for part in segments])
         attention = StoredAttention([_attended(part) for part in segments], self._k_offsets)
         return self._model.layer(layer, hidden, positions, attention)
-
-
-def _offsets(spec: AcceleratorSpec) -> torch.Tensor | None:
-    if not spec.k_offsets:
-        return None
-    model = spec.model
-    return torch.from_numpy(spec.k_offsets.array(model.num_layers, model.num_kv_heads, model.head_dim))
 
 
 def _attended(part: Segment) -> tuple[int, int, TensorKv]:

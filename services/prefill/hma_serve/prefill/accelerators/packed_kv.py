@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hma_serve import quant
 from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.prefill.accelerators import AcceleratorSpec, Completion
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 
 
@@ -98,9 +99,26 @@ class TensorKv:
             self._known[layer, role] = tokens
         return decoded[:tokens]
 
-    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> None:
+    def packed(self, layer: int, role: int) -> torch.Tensor:
+        """A layer's packed bytes, uint8 [heads, groups, group bytes], contiguous; for kernels that write them."""
+        return self._packed[role][layer]
+
+    def writable(self, layer: int, role: int, start: int, stop: int) -> torch.Tensor:
+        """Decoded values [at least `stop` tokens, heads, D], contiguous, valid up to `start`.
+
+        For kernels that pack the tokens from `start` to `stop` and write what they decode to here.
+        """
+        if not self._decoded:
+            first = self._decode(layer, role, 0, start)
+            return torch.cat([first, first.new_empty((stop - start, *first.shape[1:]))])
+        self.read(layer, role, start)
+        self._known[layer, role] = stop
+        return self._decoded[role][layer]
+
+    def copy_out(self, layer: int, role: int, heads: slice, groups: slice, out: NDArray[np.uint8]) -> Completion | None:
         """See `KvStore`."""
         torch.from_numpy(out).copy_(self._packed[role][layer, heads, groups])
+        return None
 
     def copy_in(self, layer: int, role: int, heads: slice, groups: slice, packed: NDArray[np.uint8]) -> None:
         """See `KvStore`."""
@@ -111,3 +129,12 @@ class TensorKv:
     def _decode(self, layer: int, role: int, start: int, stop: int) -> torch.Tensor:
         packed = self._packed[role][layer, :, start // GROUP_TOKENS : stop // GROUP_TOKENS]
         return self._codecs[role].decode(packed, dtype=self._dtype).transpose(0, 1).contiguous()
+
+
+def offset_tensor(spec: AcceleratorSpec) -> torch.Tensor | None:
+    """What the keys of a rank's heads lose before they are packed, float32 [layers, heads, D]; None: nothing."""
+    if not spec.k_offsets:
+        return None
+    model = spec.model
+    whole = torch.from_numpy(spec.k_offsets.array(model.num_layers, model.num_kv_heads, model.head_dim))
+    return whole[:, spec.shard.heads(model.num_kv_heads)].contiguous()
