@@ -6,13 +6,14 @@ packed by the profile's codecs and attended to as packed. The formats and their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from hma_serve import quant
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.model import Linear, LinearFactory, LinearSite, Transformer, open_weights
+from hma_serve.model import LazyWeights, Linear, LinearFactory, LinearSite, Transformer, open_weights
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
 from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv, offset_tensor
 from hma_serve.prefill.attention import StoredAttention
@@ -26,19 +27,25 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 class CpuAccelerator:
-    """See `hma_serve.prefill.accelerators.Accelerator`."""
+    """See `hma_serve.prefill.accelerators.Accelerator`.
+
+    Args:
+        spec: What to load.
+        weights: Whole tensors by name, in the profile's dtype; None: the checkpoint's.
+    """
 
     device = "cpu"
 
-    def __init__(self, spec: AcceleratorSpec) -> None:
+    def __init__(self, spec: AcceleratorSpec, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         profile, model = spec.profile, spec.model
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
         self._k_offsets = offset_tensor(spec)
         self._budget = DecodedBudget(spec.decoded_bytes or DECODED_BYTES)
         self._dtype = DTYPES[profile.compute]
-        opened = open_weights(spec.checkpoint, model, dtype=self._dtype, with_head=False, progress=spec.progress)
-        with opened as weights:
+        with contextlib.ExitStack() as stack:
+            if weights is None:
+                weights = stack.enter_context(_opened(spec, self._dtype))
             self._model = Transformer(model, weights, linear=linear_factory(profile))
 
     @property
@@ -75,6 +82,10 @@ class CpuAccelerator:
         positions = torch.cat([torch.arange(part.start, part.start + part.tokens) for part in segments])
         attention = StoredAttention([_attended(part) for part in segments], self._k_offsets)
         return self._model.layer(layer, hidden, positions, attention)
+
+
+def _opened(spec: AcceleratorSpec, dtype: torch.dtype) -> LazyWeights:
+    return open_weights(spec.checkpoint, spec.model, dtype=dtype, with_head=False, progress=spec.progress)
 
 
 def _attended(part: Segment) -> tuple[int, int, TensorKv]:

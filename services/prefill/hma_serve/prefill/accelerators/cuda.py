@@ -8,6 +8,7 @@ number of rows: bytes differ from the reference's in last places, and so may tho
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from hma_serve import quant
 from hma_serve.core.errors import FailedPrecondition
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.model import open_weights
+from hma_serve.model import LazyWeights, open_weights
 from hma_serve.model.rotary import rotary_table
 from hma_serve.model.tensors import EMBEDDING, layer_tensor
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
@@ -39,13 +40,13 @@ class CudaAccelerator:
     """See `hma_serve.prefill.accelerators.Accelerator`.
 
     Args:
-        spec: What to load.
-        device: Which GPU; None: the rank's own.
+        spec: What to load, onto the GPU with the rank's number.
+        weights: Whole tensors by name, bfloat16, on any device; None: the checkpoint's.
     """
 
-    def __init__(self, spec: AcceleratorSpec, device: torch.device | None = None) -> None:
+    def __init__(self, spec: AcceleratorSpec, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         require_device(spec.profile, spec.shard.rank)
-        self._device = device or torch.device("cuda", spec.shard.rank)
+        self._device = torch.device("cuda", spec.shard.rank)
         torch.cuda.set_device(self._device)
         self.device = torch.cuda.get_device_name(self._device)
         self._profile, self._shard = spec.profile, spec.shard
@@ -57,15 +58,9 @@ class CudaAccelerator:
         self._k_offsets = None if offsets is None else offsets.to(self._device)
         self._dtype = CODES[spec.profile.activations]
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        opened = open_weights(
-            spec.checkpoint,
-            spec.model,
-            device=self._device,
-            dtype=torch.bfloat16,
-            with_head=False,
-            progress=spec.progress,
-        )
-        with opened as weights:
+        with contextlib.ExitStack() as stack:
+            if weights is None:
+                weights = stack.enter_context(_opened(spec, self._device))
             self._embedding = weights[EMBEDDING]
             self._layers = [self._layer(spec.model, weights, index) for index in range(spec.model.num_layers)]
         self._cos_sin = rotary_table(
@@ -128,7 +123,7 @@ class CudaAccelerator:
         share = self._shard.largest if self._shard.count > 1 else None
         qkv = weights.qkv(normed_rows(hidden, weights.input_norm, eps, self._dtype))
         q = qkv.new_empty((len(hidden), model.num_heads, model.head_dim))
-        attended = torch.empty_like(q)
+        attended = []
         positions = torch.cat(
             [torch.arange(part.start, part.start + part.tokens, device=self._device) for part in segments]
         )
@@ -136,9 +131,10 @@ class CudaAccelerator:
         for part in segments:
             rows = slice(row, row + part.tokens)
             keys, values = self._store(layer, weights, qkv, positions, q, row, part)
-            attended[rows] = attend(q[rows], keys, values)
+            attended.append(attend(q[rows], keys, values).flatten(1))
             row += part.tokens
-        output = weights.output(plain_rows(attended.flatten(1), self._dtype, share=share))
+        rows_in = attended[0] if len(attended) == 1 else torch.cat(attended)
+        output = weights.output(plain_rows(rows_in, self._dtype, share=share))
         gate_up = weights.gate_up(normed_rows(hidden, weights.mlp_norm, eps, self._dtype, delta=output))
         return hidden.add_(weights.down(swiglu_rows(gate_up, self._dtype, share=share)))
 
@@ -189,6 +185,12 @@ class CudaAccelerator:
                 kv.append(layer, role, part.start, values)
             decoded = [kv.read(layer, role, end) for role in ROLES]
         return decoded[0][:end], decoded[1][:end]
+
+
+def _opened(spec: AcceleratorSpec, device: torch.device) -> LazyWeights:
+    return open_weights(
+        spec.checkpoint, spec.model, device=device, dtype=torch.bfloat16, with_head=False, progress=spec.progress
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,298 @@
+"""Prefill of Qwen3's shapes on one GPU with random weights: FP8 against BF16, the products' own rate, and packing.
+
+Not part of `make bench`: run it on a GPU machine as `python -m bench.prefill_gpu [MODEL ...]`. It compares with the CPU
+reference on a small model first, then times, writes `prefill_gpu.json` into $OUT or the current directory, and prints
+its table last. Every candidate is timed in turn in one run, so drift of the clocks hits all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.figures import SEED, Figure, figure, ratios, show
+from hma_serve import quant
+from hma_serve.core.model_config import ModelConfig
+from hma_serve.model import tensor_shapes
+from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, Segment
+from hma_serve.prefill.accelerators.causal import attend
+from hma_serve.prefill.accelerators.cpu import CpuAccelerator
+from hma_serve.prefill.accelerators.cuda import CudaAccelerator
+from hma_serve.prefill.kernels.quantize_rows import normed_rows, plain_rows, swiglu_rows
+from hma_serve.prefill.kv_layout import ROLES, KvLayout
+from hma_serve.prefill.profiles import find_profile
+
+TOKENS, REPEATS = 4096, 9
+SHAPES = {
+    "4B": (2560, 36, 32, 9728),
+    "8B": (4096, 36, 32, 12288),
+    "14B": (5120, 40, 40, 17408),
+    "32B": (5120, 64, 64, 25600),
+}
+"""Hidden size, layers, heads, intermediate size of Qwen3; 8 key/value heads of 128."""
+
+
+def shape(
+    hidden: int, layers: int, heads: int, intermediate: int, *, kv_heads: int = 8, vocab: int = 151936
+) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+class RandomWeights(Mapping[str, torch.Tensor]):
+    """Drawn when asked for, the same for the same name; on the GPU unless told otherwise."""
+
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype = torch.bfloat16, to: str = "cuda") -> None:
+        self._shapes = tensor_shapes(model, with_head=False)
+        self._seeds = {name: SEED + index for index, name in enumerate(self._shapes)}
+        self._dtype, self._to = dtype, to
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        size = self._shapes[name]
+        generator = torch.Generator("cuda").manual_seed(self._seeds[name])
+        noise = torch.randn(size, generator=generator, device="cuda")
+        drawn = 1 + 0.2 * noise if "norm" in name else noise / size[-1] ** 0.5
+        return drawn.bfloat16().to(self._to, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def spec(model: ModelConfig, profile: str) -> AcceleratorSpec:
+    return AcceleratorSpec(Path(), model, find_profile(profile))
+
+
+def prompt(tokens: int, vocab: int) -> list[int]:
+    ids: list[int] = torch.randint(vocab, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return ids
+
+
+def prefill(
+    accelerator: Accelerator, model: ModelConfig, ids: Sequence[int], chunk: int, profile: str
+) -> list[np.ndarray]:
+    """Every layer's decoded keys and values, float32 [heads, tokens, D], in order."""
+    layout = KvLayout.of(model, find_profile(profile))
+    names = (find_profile(profile).k_codec, find_profile(profile).v_codec)
+    store, groups = accelerator.new_store(len(ids)), len(ids) // 32
+    for start in range(0, len(ids), chunk):
+        hidden = accelerator.embed(ids[start : start + chunk])
+        for layer in range(model.num_layers):
+            hidden = accelerator.run_layer(layer, hidden, [Segment(start, len(hidden), store)])
+    found = []
+    for layer in range(model.num_layers):
+        for role, size, name in zip(ROLES, layout.group_bytes, names, strict=True):
+            out = np.zeros((model.num_kv_heads, groups, size), np.uint8)
+            if (copy := store.copy_out(layer, role, slice(0, model.num_kv_heads), slice(0, groups), out)) is not None:
+                copy.wait()
+            found.append(quant.codec(name).decode(torch.from_numpy(out)).numpy())
+    return found
+
+
+def check(profile: str) -> list[Figure]:
+    """The GPU against the CPU reference on a small model, whole and in chunks."""
+    model, ids = shape(512, 3, 8, 1024, kv_heads=2, vocab=1000), prompt(256, 1000)
+    reference = CpuAccelerator(spec(model, profile), RandomWeights(model, to="cpu"))
+    gpu = CudaAccelerator(spec(model, profile), RandomWeights(model))
+    expected = prefill(reference, model, ids, 256, profile)
+    figures = []
+    for chunk in (256, 96):
+        found = prefill(gpu, model, ids, chunk, profile)
+        errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+        name = f"{profile}, chunks of {chunk}: error of decoded KV against the CPU"
+        figures.append(figure(name, errors, "", "at most 0.05"))
+        if max(errors) > 0.05:
+            raise SystemExit(f"{name}: {errors}")
+    return figures
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")  # type: ignore[no-untyped-call]
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def timed(*works: Callable[[], object], repeats: int = REPEATS) -> list[list[float]]:
+    """Milliseconds of each, in turn, after two rounds of warming up."""
+    samples: list[list[float]] = [[] for _ in works]
+    for repeat in range(repeats + 2):
+        for kept, work in zip(samples, works, strict=True):
+            value = milliseconds(work)
+            if repeat > 1:
+                kept.append(value)
+    return samples
+
+
+def product_rates() -> tuple[Callable[[], object], Callable[[], object], float]:
+    """8192 cubed in FP8 with row-wise scales and in BF16, random data, and the operations of one."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    (a8, a_scale), (b8, b_scale) = (plain_rows(x, torch.float8_e4m3fn) for x in (a, b))
+
+    def fp8() -> object:
+        return torch._scaled_mm(
+            a8, b8.T, scale_a=a_scale, scale_b=b_scale.T, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return fp8, lambda: a @ b.T, 2.0 * size**3
+
+
+def operations(model: ModelConfig, tokens: int) -> float:
+    """Multiplications and additions of all layers: the products, and causal attention."""
+    inner = model.q_size + 2 * model.kv_size + model.q_size
+    products = 2.0 * tokens * model.hidden_size * (inner + 3 * model.intermediate_size)
+    attention = 2.0 * tokens * tokens * model.q_size
+    return model.num_layers * (products + attention)
+
+
+def whole_prompts(name: str) -> list[Figure]:
+    """FP8 against BF16 over all layers, with the products' rates measured between them."""
+    hidden, layers, heads, intermediate = SHAPES[name]
+    model = shape(hidden, layers, heads, intermediate)
+    ids, weights = prompt(TOKENS, model.vocab_size), RandomWeights(model)
+    devices = {profile: CudaAccelerator(spec(model, profile), weights) for profile in ("fp8_e4m3", "bf16")}
+
+    def run(profile: str, *, copy: bool = False) -> Callable[[], object]:
+        device, layout = devices[profile], KvLayout.of(model, find_profile(profile))
+        memory = bytearray(layout.layer_bytes(TOKENS) * 2)
+        device.pin(memoryview(memory))
+
+        def work() -> None:
+            store, residual = device.new_store(TOKENS), device.embed(ids)
+            for layer in range(model.num_layers):
+                residual = device.run_layer(layer, residual, [Segment(0, TOKENS, store)])
+                if copy:
+                    half = memoryview(memory)[layer % 2 * (len(memory) // 2) :]
+                    for role, out in zip(ROLES, layout.views(half, TOKENS, layout.heads), strict=True):
+                        store.copy_out(layer, role, slice(0, layout.heads), slice(0, TOKENS // 32), out)
+
+        return work
+
+    fp8_product, bf16_product, flops = product_rates()
+    fp8, bf16, rate8, rate16, copied = timed(
+        run("fp8_e4m3"), run("bf16"), fp8_product, bf16_product, run("fp8_e4m3", copy=True)
+    )
+    work = operations(model, TOKENS)
+    achieved = [work / ms / 1e9 for ms in fp8]
+    peak = [flops / ms / 1e9 for ms in rate8]
+    figures = [
+        figure(f"{name}, {TOKENS} tokens: FP8", fp8, "ms"),
+        figure(f"{name}, {TOKENS} tokens: BF16", bf16, "ms"),
+        figure(f"{name}: BF16 / FP8", ratios(bf16, fp8), "x", "at least 1.4"),
+        figure(f"{name}: FP8 rate", achieved, "TFLOP/s"),
+        figure("8192^3, FP8 row-wise", peak, "TFLOP/s"),
+        figure("8192^3, BF16", [flops / ms / 1e9 for ms in rate16], "TFLOP/s"),
+        figure(f"{name}: FP8 prefill / FP8 product rate", ratios(achieved, peak), "x", "at least 0.55"),
+        figure(f"{name}: FP8 with every layer copied to the host / without", ratios(copied, fp8), "x"),
+        figure(f"{name}: FP8 tokens per second", [TOKENS / ms * 1e3 for ms in fp8], ""),
+    ]
+    layer = statistics.median(fp8) / model.num_layers
+    return figures + passes(name, devices["fp8_e4m3"], model, layer)
+
+
+def passes(name: str, device: CudaAccelerator, model: ModelConfig, layer: float) -> list[Figure]:
+    """What lies between the products of one layer, and its share of the layer."""
+    fp8, heads = torch.float8_e4m3fn, model.num_heads + 2 * model.num_kv_heads
+    hidden, delta = (torch.randn(TOKENS, model.hidden_size, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    qkv = torch.randn(TOKENS, heads * model.head_dim, device="cuda", dtype=torch.bfloat16)
+    gate_up = torch.randn(TOKENS, 2 * model.intermediate_size, device="cuda", dtype=torch.bfloat16)
+    attended = torch.randn(TOKENS, model.q_size, device="cuda", dtype=torch.bfloat16)
+    gain = torch.ones(model.hidden_size, device="cuda", dtype=torch.bfloat16)
+    q = torch.empty(TOKENS, model.num_heads, model.head_dim, device="cuda", dtype=torch.bfloat16)
+    positions, part = torch.arange(TOKENS, device="cuda"), Segment(0, TOKENS, device.new_store(TOKENS))
+    keys, values = device._store(0, device._layers[0], qkv, positions, q, 0, part)
+    known = quant.operand_format("fp8_e4m3fn")
+    codec = quant.codec("fp8_e4m3fn")
+    works: dict[str, Callable[[], object]] = {
+        "QK norm, rotation and packing of K and V, fused": lambda: device._store(
+            0, device._layers[0], qkv, positions, q, 0, part
+        ),
+        "packing of K and V alone, torch": lambda: [
+            codec.encode(x.transpose(0, 1).contiguous()) for x in (keys, values)
+        ],
+        "attention": lambda: attend(q, keys, values),
+        "residual, norm, quantise, fused": lambda: normed_rows(hidden, gain, 1e-6, fp8, delta=delta),
+        "SwiGLU, quantise, fused": lambda: swiglu_rows(gate_up, fp8),
+        "SwiGLU, quantise, torch": lambda: known.quantize(
+            torch.nn.functional.silu(gate_up[:, : model.intermediate_size]) * gate_up[:, model.intermediate_size :]
+        ),
+        "quantise what attention gave": lambda: plain_rows(attended, fp8),
+    }
+    samples = timed(*works.values(), repeats=2 * REPEATS)
+    goals = {"QK norm, rotation and packing of K and V, fused": "at most 0.03"}
+    return [
+        figure(f"{name} layer: {work} / layer", [ms / layer for ms in kept], "x", goals.get(work, ""))
+        for work, kept in zip(works, samples, strict=True)
+    ]
+
+
+def backends(name: str) -> list[Figure]:
+    """torch's attention kernels on the shape, causal."""
+    _, _, heads, _ = SHAPES[name]
+    q = torch.randn(TOKENS, heads, 128, device="cuda", dtype=torch.bfloat16)
+    keys, values = (torch.randn(TOKENS, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    figures = []
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                (whole,) = timed(lambda: attend(q, keys, values))
+                (half,) = timed(lambda: attend(q[TOKENS // 2 :], keys, values))
+        except RuntimeError as error:
+            print(f"{backend.name}: {str(error)[:200]}")
+            continue
+        figures.append(figure(f"{name} attention, {backend.name}, whole prompt", whole, "ms"))
+        figures.append(figure(f"{name} attention, {backend.name}, second half", half, "ms"))
+    return figures
+
+
+def main(models: list[str]) -> int:
+    """Runs everything for the named models."""
+    torch.manual_seed(SEED)
+    tables = {"against the CPU reference": [row for profile in ("bf16", "fp8_e4m3", "int8") for row in check(profile)]}
+    for name in models or ["8B"]:
+        tables[f"attention of {name}"] = backends(name)
+        tables[f"Qwen3-{name}, random weights"] = whole_prompts(name)
+        torch.cuda.empty_cache()
+    head = {
+        "commit": os.environ.get("COMMIT", "unknown"),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "seed": SEED,
+        "tokens": TOKENS,
+    }
+    rows = {title: [vars(row) for row in table] for title, table in tables.items()}
+    target = Path(os.environ.get("OUT", ".")) / "prefill_gpu.json"
+    target.write_text(json.dumps(head | {"tables": rows}, indent=1))
+    print(", ".join(f"{key} {value}" for key, value in head.items()))
+    for title, table in tables.items():
+        show(title, table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
