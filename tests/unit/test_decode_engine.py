@@ -6,7 +6,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from hma_serve.checkpoint import resolve_checkpoint
 from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import DrawnTokens, Step
@@ -85,6 +87,7 @@ class Harness:
             tickets=TicketTable(lease=LEASE, clock=lambda: self.now),
             scheduler=scheduler,
             steps=StepLoop(scheduler, self.runner, SamplingBatches(VOCAB, max_running), overlap=overlap),
+            grammars=GrammarQueue(GrammarCompiler(resolve_checkpoint("demo"), VOCAB, [EOS]), 2),
             limits=EngineLimits(max_running, frozenset({EOS}), VOCAB),
             arena=self.arena,
             emit=lambda *events: self.events.extend(events),

@@ -161,7 +161,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("forced call", {"messages": HI, "tool_choice": "required"}, "tool_choice"),
     ("named call", {"messages": HI, "tool_choice": {"type": "function"}}, "tool_choice"),
     ("functions", {"messages": HI, "functions": [{"name": "f"}]}, "functions"),
-    ("json", {"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
+    ("odd format", {"messages": HI, "response_format": {"type": "yaml"}}, "response_format"),
     ("audio", {"messages": HI, "modalities": ["audio"]}, "modalities"),
     ("number logprobs", {"messages": HI, "logprobs": 1}, "logprobs"),
     ("lone top_logprobs", {"messages": HI, "top_logprobs": 1}, "top_logprobs"),

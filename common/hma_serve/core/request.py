@@ -6,10 +6,13 @@ from and to its message in `hma_serve.v1`.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.v1 import common_pb2
@@ -19,6 +22,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKENS = 256
+MAX_STRUCTURE_BYTES = 256 << 10
+MAX_CHOICES = 4096
 MAX_TOKEN_ID = 2**32 - 1
 MAX_SEED = 2**64 - 1
 
@@ -26,6 +31,104 @@ MAX_SEED = 2**64 - 1
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
         raise InvalidArgument(f"{name} must be between {low:g} and {high:g}, not {value:g}", field=name)
+
+
+class StructureKind(StrEnum):
+    """How a structure is described."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A form that the output is held to while it is drawn; make one with its named constructors.
+
+    Whether a schema or an expression can be followed is found by decode, which compiles it.
+
+    Attributes:
+        kind: What the texts are.
+        texts: The schema, the expression, or the choices.
+    """
+
+    kind: StructureKind
+    texts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in self.texts)
+        if size > MAX_STRUCTURE_BYTES:
+            raise InvalidArgument(
+                f"the {self.kind} takes {size:,} bytes, and may take {MAX_STRUCTURE_BYTES:,}", field="structure"
+            )
+        if self.kind is StructureKind.JSON_SCHEMA:
+            _check_schema(self.texts[0])
+        elif self.kind is StructureKind.REGEX and not self.texts[0]:
+            raise InvalidArgument("the regex is empty", field="structure")
+        elif self.kind is StructureKind.CHOICE and not (0 < len(self.texts) <= MAX_CHOICES and all(self.texts)):
+            raise InvalidArgument(f"a choice takes 1 to {MAX_CHOICES} texts, none empty", field="structure")
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str) -> Structure:
+        """A JSON document that a schema accepts; the schema as an object or as its text."""
+        if isinstance(schema, str):
+            return cls(StructureKind.JSON_SCHEMA, (schema,))
+        try:
+            return cls(StructureKind.JSON_SCHEMA, (json.dumps(schema),))
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise InvalidArgument(f"the schema cannot be written as JSON: {exc}", field="structure") from exc
+
+    @classmethod
+    def json_object(cls) -> Structure:
+        """Any JSON object."""
+        return cls(StructureKind.JSON_OBJECT)
+
+    @classmethod
+    def regex(cls, pattern: str) -> Structure:
+        """A text that matches from its first to its last character."""
+        return cls(StructureKind.REGEX, (pattern,))
+
+    @classmethod
+    def choice(cls, texts: Iterable[str]) -> Structure:
+        """One of some texts."""
+        return cls(StructureKind.CHOICE, tuple(texts))
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.Structure) -> Structure:
+        """Reads and validates the wire form; raises InvalidArgument."""
+        match message.WhichOneof("kind"):
+            case "json_schema":
+                return cls.json_schema(message.json_schema)
+            case "json_object" if message.json_object:
+                return cls.json_object()
+            case "regex":
+                return cls.regex(message.regex)
+            case "choice":
+                return cls.choice(message.choice.texts)
+            case _:
+                raise InvalidArgument("a structure must say what it is", field="structure")
+
+    def to_proto(self) -> common_pb2.Structure:
+        """The wire form."""
+        match self.kind:
+            case StructureKind.JSON_SCHEMA:
+                return common_pb2.Structure(json_schema=self.texts[0])
+            case StructureKind.JSON_OBJECT:
+                return common_pb2.Structure(json_object=True)
+            case StructureKind.REGEX:
+                return common_pb2.Structure(regex=self.texts[0])
+            case StructureKind.CHOICE:
+                return common_pb2.Structure(choice=common_pb2.Choices(texts=self.texts))
+
+
+def _check_schema(text: str) -> None:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArgument(f"the JSON schema is not JSON: {exc}", field="structure") from exc
+    if not isinstance(schema, dict | bool):
+        raise InvalidArgument("a JSON schema is an object", field="structure")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +146,7 @@ class SamplingParams:
         logit_bias: Added to the logits of single tokens.
         seed: The same seed gives the same tokens, whatever else is in the batch.
         logprobs: How many alternatives to report per token; None reports nothing.
+        structure: What the output must be; None: anything.
     """
 
     temperature: float = 1.0
@@ -55,6 +159,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
     seed: int | None = None
     logprobs: int | None = None
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 100.0)
@@ -105,6 +210,7 @@ class SamplingParams:
             logit_bias=MappingProxyType(dict(message.logit_bias)),
             seed=message.seed if message.HasField("seed") else None,
             logprobs=message.logprobs if message.HasField("logprobs") else None,
+            structure=Structure.from_proto(message.structure) if message.HasField("structure") else None,
         )
 
     def to_proto(self) -> common_pb2.SamplingParams:
@@ -120,6 +226,7 @@ class SamplingParams:
             logit_bias=dict(self.logit_bias),
             seed=self.seed,
             logprobs=self.logprobs,
+            structure=None if self.structure is None else self.structure.to_proto(),
         )
 
 

@@ -32,7 +32,8 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.groups import GROUP_TOKENS
-from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.core.request import SamplingParams, StopConditions, Structure
+from hma_serve.decode.grammar import Grammar, GrammarQueue
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import Need, PagePool
 from hma_serve.decode.scheduler import Scheduler, Share
@@ -48,6 +49,7 @@ _log = logging.getLogger(__name__)
 
 _LOAD_INTERVAL = 0.25
 _RETRY_AFTER = 0.2
+_COMPILE_POLL = 0.002
 # Steps in a row that may fail before the engine gives up.
 _FAILED_STEPS = 10
 
@@ -89,6 +91,7 @@ class Engine:
         tickets: The table; its lease and clock are the engine's.
         scheduler: Who runs.
         steps: Computes the scheduler's steps.
+        grammars: Where requests for structured output wait.
         limits: What to refuse.
         arena: Where blocks arrive.
         emit: Sends events to the front, in order.
@@ -103,6 +106,7 @@ class Engine:
         tickets: TicketTable,
         scheduler: Scheduler,
         steps: StepLoop,
+        grammars: GrammarQueue,
         limits: EngineLimits,
         arena: Arena,
         emit: Callable[..., None],
@@ -113,6 +117,8 @@ class Engine:
         self._tickets = tickets
         self._scheduler = scheduler
         self._loop = steps
+        self._grammars = grammars
+        self._compiling: dict[int, pb.DecodeAdmit] = {}
         self._limits = limits
         self._arena = arena
         self._emit = emit
@@ -143,6 +149,7 @@ class Engine:
         """
         for command in commands:
             self._receive(command)
+        self._admit_compiled()
         self._sweep()
         self._step()
         self._report_load()
@@ -160,10 +167,35 @@ class Engine:
             self._handlers[kind](getattr(command, kind))
 
     def _admit(self, admit: pb.DecodeAdmit) -> None:
+        """At once, or once its grammar is compiled."""
+        if not admit.sampling.HasField("structure"):
+            self._admit_with(admit, None)
+            return
         try:
-            stream = self._reserved(admit)
+            self._grammars.add(admit.stream, Structure.from_proto(admit.sampling.structure), self._clock())
         except HmaError as exc:
-            self._say(failed=pb.DecodeStreamFailed(stream=admit.stream, error=error_detail(exc)))
+            self._refuse(admit.stream, exc)
+        else:
+            self._compiling[admit.stream] = admit
+
+    def _admit_compiled(self) -> None:
+        for number, grammar in self._grammars.take_ready(self._clock()):
+            admit = self._compiling.pop(number)
+            if isinstance(grammar, HmaError):
+                self._refuse(number, grammar)
+            else:
+                self._admit_with(admit, grammar)
+
+    def _refuse(self, number: int, error: HmaError) -> None:
+        self._say(failed=pb.DecodeStreamFailed(stream=number, error=error_detail(error)))
+
+    def _admit_with(self, admit: pb.DecodeAdmit, grammar: Grammar | None) -> None:
+        try:
+            if grammar is not None:
+                grammar.begin(admit.emitted_token_ids)
+            stream = self._reserved(admit, grammar)
+        except HmaError as exc:
+            self._refuse(admit.stream, exc)
             return
         self._streams[admit.stream] = stream
         admitted = pb.DecodeAdmitted(
@@ -173,7 +205,7 @@ class Engine:
         if not admit.packed_tokens:
             self._join(stream)
 
-    def _reserved(self, admit: pb.DecodeAdmit) -> _Stream:
+    def _reserved(self, admit: pb.DecodeAdmit, grammar: Grammar | None) -> _Stream:
         """Holds everything that the request will ever need, or refuses."""
         if len(self._streams) >= self._limits.max_running:
             raise ResourceExhausted(
@@ -207,11 +239,14 @@ class Engine:
             vocab=self._limits.vocab,
             deadline=admit.deadline_ns / 1e9 if admit.deadline_ns else None,
             priority=admit.priority,
+            guide=grammar,
         )
         ticket = self._tickets.issue(admit.stream, admit.epoch, committed=not admit.packed_tokens)
         return _Stream(sequence, ticket, self._clock())
 
     def _close(self, close: pb.DecodeClose) -> None:
+        if self._compiling.pop(close.stream, None) is not None:
+            self._grammars.drop(close.stream)
         self._drop(close.stream, None)
 
     def _extend(self, call: pb.DecodeTicketCall) -> None:
@@ -344,7 +379,7 @@ class Engine:
     def _take(self, shares: Items[Share], tokens: Items[Token]) -> None:
         """What a step gave."""
         self._failed_steps = 0
-        outputs = [self._advance(token) for token in tokens]
+        outputs = [output for token in tokens if (output := self._advance(token)) is not None]
         outputs += self._announced(shares)
         if outputs:
             self._say(step=pb.DecodeStep(outputs=outputs))
@@ -358,11 +393,15 @@ class Engine:
         for sequence in failed.sequences:
             self._fail(sequence.stream, Internal("internal error; the log of the decode worker says more"))
 
-    def _advance(self, drawn: Token) -> pb.DecodeStreamOutput:
-        """Takes a sequence's token; ends it if that was the last."""
+    def _advance(self, drawn: Token) -> pb.DecodeStreamOutput | None:
+        """Takes a sequence's token; ends it if that was the last, or if it cannot go on."""
         sequence = drawn.sequence
         length = sequence.output_tokens
-        ending = sequence.accept(drawn.token)
+        try:
+            ending = sequence.accept(drawn.token)
+        except HmaError as exc:
+            self._fail(sequence.stream, exc)
+            return None
         output = pb.DecodeStreamOutput(stream=sequence.stream)
         self._announce(self._streams[sequence.stream], output)
         if sequence.output_tokens > length:
@@ -420,6 +459,8 @@ class Engine:
     def _patience(self) -> float | None:
         if len(self._scheduler) or not self._loop.idle:
             return 0
+        if self._compiling:
+            return _COMPILE_POLL
         moments = [self._tickets.next_expiry(), *(s.sequence.deadline for s in self._streams.values())]
         soonest = min((moment for moment in moments if moment is not None), default=None)
         return None if soonest is None else max(0.0, soonest - self._clock())

@@ -21,6 +21,7 @@ from hma_serve.core.errors import HmaError, Internal
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.attention import TorchPagedAttention
 from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import TorchStepRunner
 from hma_serve.decode.sampling_batch import SamplingBatches
@@ -84,6 +85,7 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         plain_dtype=dtype,
         capacity_tokens=args.kv_capacity_tokens,
     )
+    eos = read_eos_token_ids(args.checkpoint)
     scheduler = Scheduler(max(args.step_tokens, args.max_running))
     runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads, _k_offsets(args, config)))
     engine = Engine(
@@ -91,7 +93,8 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
         scheduler=scheduler,
         steps=StepLoop(scheduler, runner, SamplingBatches(config.vocab_size, args.max_running)),
-        limits=EngineLimits(args.max_running, frozenset(read_eos_token_ids(args.checkpoint)), config.vocab_size),
+        grammars=GrammarQueue(GrammarCompiler(args.checkpoint, config.vocab_size, eos), args.max_running),
+        limits=EngineLimits(args.max_running, frozenset(eos), config.vocab_size),
         arena=endpoint.arena,
         emit=endpoint.link.send,
     )

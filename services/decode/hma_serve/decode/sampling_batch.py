@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from typing import Any
 
+import numpy as np
 import torch
 
 from hma_serve.core.request import SamplingParams
@@ -61,7 +62,9 @@ class SamplingBatches:
         """What the next draw of these sequences brings."""
         drawn = [each for each in sequences if not each.sampling.greedy]
         uniforms = [[uniform(each.seed, each.draw_position)] for each in drawn]
-        banned = [(row, token) for row, each in enumerate(sequences) for token in each.banned()]
+        # What a grammar allows already takes bans into account.
+        free = ((row, each) for row, each in enumerate(sequences) if each.guide is None)
+        banned = [(row, token) for row, each in free for token in each.banned()]
         return Inputs(
             uniforms=self._tensor(uniforms, torch.float64) if drawn else None,
             banned=self._tensor(banned, torch.int64).T if banned else None,
@@ -69,11 +72,11 @@ class SamplingBatches:
         )
 
     def _masked(self, sequences: Items[Sequence]) -> Masked | None:
-        guided = [(row, each.guide) for row, each in enumerate(sequences) if each.guide is not None]
+        guided = [(row, each, each.guide) for row, each in enumerate(sequences) if each.guide is not None]
         if not guided:
             return None
-        allowed = torch.stack([guide.allowed() for _, guide in guided])
-        return Masked(self._tensor([row for row, _ in guided], torch.int64), self._moved(allowed))
+        allowed = torch.stack([_without(guide.allowed(), each.banned()) for _, each, guide in guided])
+        return Masked(self._tensor([row for row, _, _ in guided], torch.int64), self._moved(allowed))
 
     def _build(self, sequences: Items[Sequence]) -> Rows:
         params = [sequence.sampling for sequence in sequences]
@@ -150,3 +153,13 @@ class SamplingBatches:
         if self._device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _without(allowed: torch.Tensor, banned: Items[int]) -> torch.Tensor:
+    """A mask less what may not be drawn yet, unless nothing would be left: where a grammar can only end, it ends."""
+    if not banned:
+        return allowed
+    less = allowed.numpy().view(np.uint32).copy()
+    for token in banned:
+        less[token // 32] &= ~np.uint32(1 << token % 32)
+    return torch.from_numpy(less.view(np.int32)) if less.any() else allowed

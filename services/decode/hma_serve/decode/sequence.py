@@ -35,7 +35,11 @@ class Guide(Protocol):
         ...
 
     def take(self, token: int) -> bool:
-        """Takes a drawn token; whether the text is complete and nothing may follow."""
+        """Takes a drawn token; whether the text is complete and nothing may follow.
+
+        Raises:
+            HmaError: It cannot go on.
+        """
         ...
 
 

@@ -94,7 +94,5 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
         raise InvalidArgument("tool_choice must be none or auto: calls cannot be forced", field="tool_choice")
     if body.get("functions") or body.get("function_call") not in (None, "none", "auto"):
         raise InvalidArgument("functions are not supported; use tools", field="functions")
-    if fields.obj(body, "response_format").get("type", "text") != "text":
-        raise InvalidArgument("response_format must be text: output cannot be constrained", field="response_format")
     if body.get("modalities") not in (None, [], ["text"]):
         raise InvalidArgument("modalities must be text alone", field="modalities")

@@ -16,6 +16,7 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.router.completion import CompletionRequest, Prompt
 from hma_serve.router.http import fields
+from hma_serve.router.http.structure_body import read_structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,7 @@ def _sampling(body: Mapping[str, Any], logprobs: int | None) -> SamplingParams:
         logit_bias=_logit_bias(body),
         seed=fields.integer(body, "seed"),
         logprobs=logprobs,
+        structure=read_structure(body),
     )
 
 
