@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import transformers
 
 from hma_serve.checkpoint import resolve_checkpoint
-from hma_serve.client import AsyncClient, Client
+from hma_serve.client import AsyncClient, Client, InvalidArgument, Structure
 from support.cluster import Cluster, command, environment, running_cluster
 
 MESSAGES: list[Any] = [
@@ -44,6 +47,52 @@ def test_chat_continues_what_transformers_renders(cluster: Cluster) -> None:
     assert answer["choices"][0]["message"]["content"] == expected
     assert answer["choices"][0]["prompt_token_ids"] == ids
     assert answer["usage"]["prompt_tokens"] == len(ids)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"who": {"type": "string", "maxLength": 8}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["who", "n"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_follows_the_schema_it_was_asked_for(cluster: Cluster) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "who", "schema": SCHEMA}}
+    body = {"messages": MESSAGES, "response_format": wanted, "temperature": 1.0, "max_tokens": 200, "n": 3, "seed": 7}
+    answer = post(cluster, "/v1/chat/completions", **body, logprobs=True)
+    for choice in answer["choices"]:
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        assert choice["finish_reason"] == "stop"
+        assert choice["logprobs"]["content"]
+    again = post(cluster, "/v1/chat/completions", **body)
+    assert [choice["message"] for choice in again["choices"]] == [choice["message"] for choice in answer["choices"]]
+    # A stop string ends a text as ever, and leaves its beginning.
+    cut = post(cluster, "/v1/chat/completions", **body, stop=[","])
+    assert cut["choices"][0]["message"]["content"] == answer["choices"][0]["message"]["content"].partition(",")[0]
+
+
+def test_a_schema_that_cannot_be_followed_is_the_clients_fault(cluster: Cluster) -> None:
+    body = {"prompt": "x" * 200, "guided_json": {"type": "array", "uniqueItems": True}}
+    response = httpx.post(cluster.url + "/v1/completions", json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert "uniqueItems" in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "structure")
+
+
+def test_every_way_to_ask_for_a_form(cluster: Cluster) -> None:
+    assert post(cluster, "/v1/completions", prompt="It", guided_choice=["yes", "no"])["choices"][0]["text"] in (
+        "yes",
+        "no",
+    )
+    text = post(cluster, "/v1/completions", prompt="It", structured_outputs={"regex": "[a-c]{4}"})["choices"][0]["text"]
+    assert re.fullmatch("[a-c]{4}", text)
+    with Client(cluster.grpc_address) as client:
+        completion = client.generate("A", max_tokens=99, structure=Structure.choice(["left", "right"])).result()
+        assert completion.text in ("left", "right")
+        with pytest.raises(InvalidArgument, match="unclosed group"):
+            client.generate("A", max_tokens=9, structure=Structure.regex("(a")).result()
 
 
 async def test_the_sdk_gets_the_same_answer(cluster: Cluster) -> None:

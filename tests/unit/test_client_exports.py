@@ -32,6 +32,8 @@ EXPORTS = [
     "RetryPolicy",
     "Slo",
     "Stream",
+    "Structure",
+    "StructureKind",
     "Tls",
     "TokenAlternative",
     "TokenLogprobs",

@@ -42,7 +42,7 @@ from hma_serve.core.errors import (
     Unauthenticated,
     Unavailable,
 )
-from hma_serve.core.request import Slo
+from hma_serve.core.request import Slo, Structure, StructureKind
 
 __all__ = [
     "AlreadyExists",
@@ -71,6 +71,8 @@ __all__ = [
     "RetryPolicy",
     "Slo",
     "Stream",
+    "Structure",
+    "StructureKind",
     "Tls",
     "TokenAlternative",
     "TokenLogprobs",

@@ -16,7 +16,7 @@ from google.protobuf import json_format
 
 from hma_serve.client._channels import MAX_MESSAGE_BYTES
 from hma_serve.core.errors import InvalidArgument, PayloadTooLarge
-from hma_serve.core.request import MAX_TOKEN_ID, SamplingParams, Slo, StopConditions
+from hma_serve.core.request import MAX_TOKEN_ID, SamplingParams, Slo, StopConditions, Structure
 from hma_serve.v1 import common_pb2, inference_pb2
 
 MAX_COMPLETIONS = 32
@@ -81,6 +81,7 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     seed: int | None
     logprobs: int | None
+    structure: Structure | None
     n: int | None
     slo: Slo | None
     priority: int | None
