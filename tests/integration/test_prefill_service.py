@@ -86,7 +86,15 @@ class Worker:
 def running_worker(checkpoint: Path, events: Path, *arguments: str) -> Iterator[Worker]:
     command = [sys.executable, "-m", "hma_serve.cli.main", "prefill", "--model", str(checkpoint), "--etcd", "none"]
     command += ["--listen", "127.0.0.1:0", "--threads", "1", "--events", str(events), "--max-running", str(MAX_RUNNING)]
-    command += ["--max-waiting", str(MAX_WAITING), "--chunk-tokens", str(CHUNK), *arguments]
+    command += [
+        "--max-waiting",
+        str(MAX_WAITING),
+        "--chunk-tokens",
+        str(CHUNK),
+        "--prefix-cache-bytes",
+        "0",
+        *arguments,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     watchdog = threading.Timer(START_SECONDS, process.kill)
@@ -201,9 +209,10 @@ class Client:
         address: str = "",
         epoch: int = 1,
         deadline: float = 60.0,
+        tenant: str = "",
     ) -> Call:
         name = f"request-{next(_names)}"
-        context = common_pb2.RequestContext(request_id=name, epoch=epoch, deadline=deadline_in(deadline))
+        context = common_pb2.RequestContext(request_id=name, epoch=epoch, deadline=deadline_in(deadline), tenant=tenant)
         request = prefill_pb2.PrefillRequest(
             context=context,
             token_ids=token_ids,
@@ -302,6 +311,51 @@ async def test_tokens_that_decode_holds_do_not_travel(client: Client, receiver: 
     assert completed.computed_tokens == 160
     for key, packed in second.packed.items():
         np.testing.assert_array_equal(packed, first.packed[key][:, 3:])
+
+
+def test_what_was_computed_once_is_only_sent_again(checkpoint: Path, tmp_path: Path) -> None:
+    async def scenario(worker: Worker) -> None:
+        async with PushReceiver() as receiver, PushReceiver() as another, connected(worker) as client:
+            first = await client.prefill(receiver, prompt(256), tenant="a").completed()
+            assert (first.computed_tokens, first.cached_tokens) == (256, 0)
+            # Another decode, another ticket: as when the first one died.
+            again = await client.prefill(another, prompt(256), tenant="a", epoch=2).completed()
+            assert (again.computed_tokens, again.cached_tokens, again.compute_seconds) == (0, 256, 0)
+            assert again.payload_bytes == first.payload_bytes
+            longer = await client.prefill(another, [*prompt(256), *prompt(64, 6)], tenant="a").completed()
+            assert (longer.computed_tokens, longer.cached_tokens) == (64, 256)
+            strangers = await client.prefill(receiver, prompt(256), tenant="b").completed()
+            assert (strangers.computed_tokens, strangers.cached_tokens) == (256, 0)
+            whole = receiver.streams[0].packed
+            assert another.streams[0].packed.keys() == whole.keys()
+            for key, packed in whole.items():
+                np.testing.assert_array_equal(another.streams[0].packed[key], packed)
+                np.testing.assert_array_equal(another.streams[1].packed[key][:, : packed.shape[1]], packed)
+            metrics = (await asyncio.to_thread(httpx.get, f"http://{worker.http}/metrics")).text
+            assert "hma_prefill_cached_tokens_total 512.0" in metrics
+
+    with running_worker(checkpoint, tmp_path / "events", "--prefix-cache-bytes", str(64 << 20)) as worker:
+        asyncio.run(scenario(worker))
+
+
+def test_without_overlap_nothing_leaves_before_the_last_layer_is_computed(checkpoint: Path, tmp_path: Path) -> None:
+    async def scenario(worker: Worker) -> None:
+        async with PushReceiver() as receiver, connected(worker) as client:
+            call = client.prefill(receiver, prompt(256))
+            completed = await call.completed()
+            assert completed.exposed_transfer_seconds > 0
+            events = worker.recorded(call.request.context.request_id)
+            assert len(events) == LAYERS * 256 // CHUNK
+            assert min(event["left_ns"] for event in events) > events[0]["computed_ns"]
+            codec = quant.codec("tt_bfp8_b")
+            for layer, roles in enumerate(reference_packed_kv(checkpoint, "tt_bfp8", prompt(256))):
+                for role, packed in zip(ROLES, roles, strict=True):
+                    np.testing.assert_array_equal(
+                        receiver.streams[0].decoded(layer, role), codec.decode(packed).numpy()
+                    )
+
+    with running_worker(checkpoint, tmp_path / "events", "--overlap", "off") as worker:
+        asyncio.run(scenario(worker))
 
 
 async def test_a_slow_decode_stalls_its_own_request_alone(

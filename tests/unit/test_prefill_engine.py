@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from hma_serve import quant
 from hma_serve.checkpoint import read_model_config
 from hma_serve.core.errors import FailedPrecondition, Internal, InvalidArgument
-from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import Arena
 from hma_serve.prefill import accelerators as accelerators_module
 from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, KvStore, Segment, open_accelerator
 from hma_serve.prefill.accelerators import cpu as cpu_module
 from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv
-from hma_serve.prefill.engine import Engine, Job
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.profiles import PROFILES, find_profile
-from hma_serve.prefill.scheduler import Scheduler
+from support.engine_bench import EngineBench, Packed, joined, make_engine_bench
 from support.reference import reference_packed_kv
 from support.tiny_qwen3 import make_tiny_checkpoint
 
 LAYERS, KV_HEADS, VOCAB = 3, 2, 320
-
-Packed = NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module")
@@ -59,81 +54,22 @@ def prompt(tokens: int, seed: int = 1) -> list[int]:
     return torch.randint(VOCAB, (tokens,), generator=generator).tolist()
 
 
-@dataclass
-class Bench:
-    """An engine with its arena and everything it emitted."""
-
-    engine: Engine
-    arena: Arena
-    layout: KvLayout
-    events: list[pb.PrefillEngineEvent] = field(default_factory=list)
-
-    def submit(self, job: int, token_ids: list[int], *, token_start: int = 0, deadline_ns: int = 1000) -> None:
-        submit = pb.PrefillSubmit(job=job, token_ids=token_ids, token_start=token_start, deadline_ns=deadline_ns)
-        self.engine.handle([pb.PrefillEngineCommand(submit=submit)])
-
-    def sent(self, job: int) -> None:
-        self.engine.handle([pb.PrefillEngineCommand(sent=pb.PrefillLayerSent(job=job))])
-
-    def close(self, job: int) -> None:
-        self.engine.handle([pb.PrefillEngineCommand(close=pb.PrefillClose(job=job))])
-
-    def layers(self, job: int) -> list[pb.PrefillLayerDone]:
-        return [event.layer for event in self.events if event.HasField("layer") and event.layer.job == job]
-
-    def receive(self, done: pb.PrefillLayerDone) -> list[Packed]:
-        """A copy of what a layer's slot holds, K then V."""
-        memory = self.arena.slot(done.slot, self.layout.layer_bytes(done.token_count, done.head_count))
-        return [view.copy() for view in self.layout.views(memory, done.token_count, done.head_count)]
-
-    def run(self, job: int) -> dict[tuple[int, int, int], Packed]:
-        """Runs the engine dry, returning slots at once; packed bytes by (layer, role, first token)."""
-        received: dict[tuple[int, int, int], Packed] = {}
-        while self.engine.step():
-            done = self.events[-1].layer
-            for role, packed in zip(ROLES, self.receive(done), strict=True):
-                received[done.layer, role, done.token_start] = packed
-            self.sent(job)
-        return received
-
-
-MakeBench = Callable[..., Bench]
+MakeBench = Callable[..., EngineBench]
 
 
 @pytest.fixture
 def make_bench(checkpoint: Path, accelerators: dict[str, Accelerator]) -> Iterator[MakeBench]:
     arenas: list[Arena] = []
 
-    def make(profile: str = "f32", *, chunk: int = 64, running: int = 2, ahead: int = 2, waiting: int = 4) -> Bench:
+    def make(profile: str = "f32", **options: Any) -> EngineBench:
         layout = KvLayout.of(read_model_config(checkpoint), PROFILES[profile])
-        arena = Arena.create(running * ahead, layout.layer_bytes(chunk))
-        arenas.append(arena)
-        scheduler: Scheduler[Job] = Scheduler(max_running=running, max_waiting=waiting, capacity_tokens=4096)
-        events: list[pb.PrefillEngineEvent] = []
-        engine = Engine(
-            accelerator=accelerators[profile],
-            layout=layout,
-            arena=arena,
-            scheduler=scheduler,
-            chunk_tokens=chunk,
-            layers_ahead=ahead,
-            emit=events.append,
-        )
-        return Bench(engine, arena, layout, events)
+        bench = make_engine_bench(accelerators[profile], layout, **options)
+        arenas.append(bench.arena)
+        return bench
 
     yield make
     for arena in arenas:
         arena.close()
-
-
-def joined(received: dict[tuple[int, int, int], Packed]) -> dict[tuple[int, int], Packed]:
-    """Chunks put together: packed bytes [heads, groups, group bytes] by (layer, role)."""
-    keys = sorted({(layer, role) for layer, role, _ in received})
-    starts = sorted({start for *_, start in received})
-    return {
-        key: np.concatenate([received[*key, start] for start in starts if (*key, start) in received], axis=1)
-        for key in keys
-    }
 
 
 @pytest.mark.parametrize("profile", list(PROFILES))
@@ -255,10 +191,11 @@ def test_tokens_that_decode_holds_are_computed_but_not_handed_out(make_bench: Ma
     bench = make_bench(chunk=64)
     bench.submit(2, prompt(192), token_start=96)
     received = bench.run(2)
-    assert [(done.token_start, done.token_count) for done in bench.layers(2)[::LAYERS]] == [
-        (64, 0),
-        (96, 32),
-        (128, 64),
+    # Of a chunk that does not travel only the last layer is reported, and no slot is taken for it.
+    assert [(done.layer, done.token_start, done.token_count) for done in bench.layers(2)] == [
+        (LAYERS - 1, 64, 0),
+        *((layer, 96, 32) for layer in range(LAYERS)),
+        *((layer, 128, 64) for layer in range(LAYERS)),
     ]
     rest = joined({key: packed for key, packed in received.items() if packed.size})
     for key, packed in rest.items():
@@ -266,14 +203,18 @@ def test_tokens_that_decode_holds_are_computed_but_not_handed_out(make_bench: Ma
 
 
 def test_a_request_whose_layers_do_not_leave_is_parked_and_others_run(make_bench: MakeBench) -> None:
-    bench = make_bench(running=2, ahead=2)
-    bench.submit(1, prompt(64), deadline_ns=1)
-    bench.submit(2, prompt(64), deadline_ns=2)
+    bench = make_bench(running=2, ahead=2, chunk=128)
+    bench.submit(1, prompt(64), due_ns=1)
+    bench.submit(2, prompt(64, 2), due_ns=2)
+    sent = 0
     while bench.engine.step():
-        if bench.layers(2):
+        while sent < len(bench.layers(2)):
             bench.sent(2)
+            sent += 1
+    # They were computed together until the first one's layers stayed.
     assert len(bench.layers(1)) == 2
     assert len(bench.layers(2)) == LAYERS
+    assert [done.started_ns for done in bench.layers(1)] == [done.started_ns for done in bench.layers(2)[:2]]
     bench.sent(1)
     assert bench.engine.step()
     assert not bench.engine.step()
@@ -294,9 +235,9 @@ def test_a_layer_starts_only_after_the_one_before_the_last_has_left(make_bench: 
 
 def test_an_urgent_request_overtakes_within_a_layer(make_bench: MakeBench) -> None:
     bench = make_bench()
-    bench.submit(1, prompt(128), deadline_ns=100)
+    bench.submit(1, prompt(128), due_ns=100)
     assert bench.engine.step()
-    bench.submit(2, prompt(32), deadline_ns=50)
+    bench.submit(2, prompt(32), due_ns=50)
     assert bench.engine.step()
     assert bench.events[-1].layer.job == 2
 
@@ -315,22 +256,25 @@ def test_closing_ends_the_computation_and_frees_every_slot(make_bench: MakeBench
 def test_a_failing_computation_ends_its_own_request_alone(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = make_bench()
-    bench.submit(1, prompt(64), deadline_ns=1)
-    bench.submit(2, prompt(64), deadline_ns=2)
+    bench = make_bench(chunk=256, cached_tokens=512)
+    bench.submit(1, prompt(96), due_ns=1)
+    bench.submit(2, prompt(64), due_ns=2)
     whole = cpu_module.CpuAccelerator.run_layer
+    batches = []
 
-    def fails_once(*args: object) -> torch.Tensor:
-        monkeypatch.setattr(cpu_module.CpuAccelerator, "run_layer", whole)
-        raise RuntimeError("out of luck")
+    def fails(*args: Any) -> torch.Tensor:
+        batches.append([segment.tokens for segment in args[3]])
+        if 96 in batches[-1]:
+            raise RuntimeError("out of luck")
+        return whole(*args)
 
-    monkeypatch.setattr(cpu_module.CpuAccelerator, "run_layer", fails_once)
-    assert bench.engine.step()
-    failed = bench.events[-1].failed
+    monkeypatch.setattr(cpu_module.CpuAccelerator, "run_layer", fails)
+    received = bench.run_all(1, 2)
+    assert batches[:3] == [[96, 64], [96], [64]]
+    (failed,) = (event.failed for event in bench.events if event.HasField("failed"))
     assert (failed.job, failed.error.code) == (1, "internal")
     assert "luck" not in failed.error.message
-    bench.run(2)
-    assert len(bench.layers(2)) == LAYERS
+    assert len(received[2]) == 2 * LAYERS
     bench.close(1)
     bench.close(2)
     assert bench.engine.idle

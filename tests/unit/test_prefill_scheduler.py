@@ -12,7 +12,7 @@ from hma_serve.prefill.scheduler import Scheduler
 @dataclass
 class Job:
     job_id: int
-    deadline_ns: int = 100
+    due_ns: int = 100
     priority: int = 0
     tokens: int = 32
     runnable: bool = True
@@ -28,40 +28,32 @@ def started(schedule: Scheduler[Job]) -> list[int]:
 
 def test_the_earliest_deadline_runs_first_and_arrival_breaks_ties() -> None:
     schedule = scheduler(running=3)
-    for job in (Job(1, deadline_ns=30), Job(2, deadline_ns=10), Job(3, deadline_ns=10)):
+    for job in (Job(1, due_ns=30), Job(2, due_ns=10), Job(3, due_ns=10)):
         schedule.submit(job)
     assert started(schedule) == [2, 3, 1]
-    order = []
-    while (job_next := schedule.next()) is not None:
-        order.append(job_next.job_id)
-        schedule.remove(job_next.job_id)
-    assert order == [2, 3, 1]
+    assert [job.job_id for job in schedule.ready()] == [2, 3, 1]
 
 
 def test_priority_comes_before_the_deadline() -> None:
     schedule = scheduler()
-    schedule.submit(Job(1, deadline_ns=1))
-    schedule.submit(Job(2, deadline_ns=9, priority=1))
+    schedule.submit(Job(1, due_ns=1))
+    schedule.submit(Job(2, due_ns=9, priority=1))
     assert started(schedule) == [2, 1]
-    chosen = schedule.next()
-    assert chosen is not None
-    assert chosen.job_id == 2
+    assert [job.job_id for job in schedule.ready()] == [2, 1]
 
 
 def test_a_job_that_cannot_run_leaves_the_engine_to_others() -> None:
     schedule = scheduler()
-    parked = Job(1, deadline_ns=1)
+    parked = Job(1, due_ns=1)
     schedule.submit(parked)
-    schedule.submit(Job(2, deadline_ns=2))
+    schedule.submit(Job(2, due_ns=2))
     started(schedule)
     parked.runnable = False
-    chosen = schedule.next()
-    assert chosen is not None
-    assert chosen.job_id == 2
+    assert [job.job_id for job in schedule.ready()] == [2]
     schedule.remove(2)
-    assert schedule.next() is None
+    assert schedule.ready() == []
     parked.runnable = True
-    assert schedule.next() is parked
+    assert schedule.ready() == [parked]
 
 
 def test_running_jobs_are_bounded_and_a_removed_one_makes_room() -> None:
@@ -78,8 +70,8 @@ def test_a_long_prompt_is_not_overtaken_by_shorter_ones_that_would_fit() -> None
     schedule = scheduler(running=4, waiting=4, capacity=256)
     schedule.submit(Job(1, tokens=192))
     assert started(schedule) == [1]
-    schedule.submit(Job(2, tokens=128, deadline_ns=50))
-    schedule.submit(Job(3, tokens=32, deadline_ns=60))
+    schedule.submit(Job(2, tokens=128, due_ns=50))
+    schedule.submit(Job(3, tokens=32, due_ns=60))
     assert started(schedule) == []
     assert schedule.held_tokens == 192
     schedule.remove(1)

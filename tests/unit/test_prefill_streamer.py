@@ -67,7 +67,14 @@ async def channels() -> AsyncIterator[ChannelCache]:
 
 def layer_done(layer: int, *, token_start: int = 0, token_count: int = TOKENS) -> PrefillLayerDone:
     return PrefillLayerDone(
-        job=1, layer=layer, token_start=token_start, token_count=token_count, head_count=HEADS, slot=layer
+        job=1,
+        layer=layer,
+        token_start=token_start,
+        token_count=token_count,
+        head_count=HEADS,
+        slot=layer,
+        chunk_start=0,
+        chunk_tokens=TOKENS,
     )
 
 

@@ -41,6 +41,11 @@ class Arena:
         """Maps memory that another process made and passed on."""
         return cls(fd, slots, slot_bytes)
 
+    @property
+    def memory(self) -> memoryview:
+        """All slots, for registering the memory with a device."""
+        return self._view
+
     def slot(self, index: int, length: int | None = None) -> memoryview:
         """A writable view of the first `length` bytes (default: all) of slot `index`.
 

@@ -91,6 +91,7 @@ class PrefillMetrics:
 
     requests: Counter
     tokens: Counter
+    cached_tokens: Counter
     kv_sent_bytes: Counter
     queue_seconds: Histogram
     compute_seconds: Histogram
@@ -117,6 +118,7 @@ def prefill_metrics(registry: CollectorRegistry = REGISTRY) -> PrefillMetrics:
     return PrefillMetrics(
         requests=counter("requests_total", "Requests ended, by outcome: ok, cancelled or the error's code.", "outcome"),
         tokens=counter("tokens_total", "Prompt tokens computed."),
+        cached_tokens=counter("cached_tokens_total", "Prompt tokens found in the prefix cache."),
         kv_sent_bytes=counter("kv_sent_bytes_total", "Payload bytes of KV handed to the transport."),
         queue_seconds=histogram("queue_seconds", "From acceptance to the first layer."),
         compute_seconds=histogram("compute_seconds", "Computation of one request, all layers and chunks."),

@@ -141,6 +141,7 @@ class PrefillCompleted(_message.Message):
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     EXPOSED_TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
     computed_tokens: _builtins.int
+    """Without the cached ones."""
     cached_tokens: _builtins.int
     """Tokens whose computation the prefix cache saved."""
     payload_bytes: _builtins.int

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from hma_serve.v1 import common_pb2 as hma__serve_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*hma_serve/internal/v1/prefill_engine.proto\x12\x15hma_serve.internal.v1\x1a\x19hma_serve/v1/common.proto\"\xc8\x01\n\x14PrefillEngineCommand\x12\x36\n\x06submit\x18\x01 \x01(\x0b\x32$.hma_serve.internal.v1.PrefillSubmitH\x00\x12\x37\n\x04sent\x18\x02 \x01(\x0b\x32\'.hma_serve.internal.v1.PrefillLayerSentH\x00\x12\x34\n\x05\x63lose\x18\x03 \x01(\x0b\x32#.hma_serve.internal.v1.PrefillCloseH\x00\x42\t\n\x07\x63ommand\"k\n\rPrefillSubmit\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0btoken_start\x18\x03 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\x04 \x01(\x03\x12\x10\n\x08priority\x18\x05 \x01(\x05\"\x1f\n\x10PrefillLayerSent\x12\x0b\n\x03job\x18\x01 \x01(\x04\"\x1b\n\x0cPrefillClose\x12\x0b\n\x03job\x18\x01 \x01(\x04\"\xff\x01\n\x12PrefillEngineEvent\x12\x34\n\x05ready\x18\x01 \x01(\x0b\x32#.hma_serve.internal.v1.PrefillReadyH\x00\x12\x38\n\x07started\x18\x02 \x01(\x0b\x32%.hma_serve.internal.v1.PrefillStartedH\x00\x12\x38\n\x05layer\x18\x03 \x01(\x0b\x32\'.hma_serve.internal.v1.PrefillLayerDoneH\x00\x12\x36\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32$.hma_serve.internal.v1.PrefillFailedH\x00\x42\x07\n\x05\x65vent\"4\n\x0cPrefillReady\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\",\n\x0ePrefillStarted\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\r\n\x05\x61t_ns\x18\x02 \x01(\x03\"\xe2\x01\n\x10PrefillLayerDone\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0btoken_start\x18\x03 \x01(\r\x12\x13\n\x0btoken_count\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x12\n\nhead_count\x18\x06 \x01(\r\x12\x0c\n\x04slot\x18\x07 \x01(\r\x12\x13\n\x0b\x63hunk_start\x18\x08 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\r\x12\x12\n\nstarted_ns\x18\n \x01(\x03\x12\x13\n\x0b\x66inished_ns\x18\x0b \x01(\x03\"F\n\rPrefillFailed\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetailb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*hma_serve/internal/v1/prefill_engine.proto\x12\x15hma_serve.internal.v1\x1a\x19hma_serve/v1/common.proto\"\xc8\x01\n\x14PrefillEngineCommand\x12\x36\n\x06submit\x18\x01 \x01(\x0b\x32$.hma_serve.internal.v1.PrefillSubmitH\x00\x12\x37\n\x04sent\x18\x02 \x01(\x0b\x32\'.hma_serve.internal.v1.PrefillLayerSentH\x00\x12\x34\n\x05\x63lose\x18\x03 \x01(\x0b\x32#.hma_serve.internal.v1.PrefillCloseH\x00\x42\t\n\x07\x63ommand\"v\n\rPrefillSubmit\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0btoken_start\x18\x03 \x01(\r\x12\x0e\n\x06\x64ue_ns\x18\x04 \x01(\x03\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06tenant\x18\x06 \x01(\t\"\x1f\n\x10PrefillLayerSent\x12\x0b\n\x03job\x18\x01 \x01(\x04\"\x1b\n\x0cPrefillClose\x12\x0b\n\x03job\x18\x01 \x01(\x04\"\xff\x01\n\x12PrefillEngineEvent\x12\x34\n\x05ready\x18\x01 \x01(\x0b\x32#.hma_serve.internal.v1.PrefillReadyH\x00\x12\x38\n\x07started\x18\x02 \x01(\x0b\x32%.hma_serve.internal.v1.PrefillStartedH\x00\x12\x38\n\x05layer\x18\x03 \x01(\x0b\x32\'.hma_serve.internal.v1.PrefillLayerDoneH\x00\x12\x36\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32$.hma_serve.internal.v1.PrefillFailedH\x00\x42\x07\n\x05\x65vent\"Q\n\x0cPrefillReady\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x1b\n\x13prefix_cache_tokens\x18\x03 \x01(\x04\",\n\x0ePrefillStarted\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\r\n\x05\x61t_ns\x18\x02 \x01(\x03\"\x9b\x02\n\x10PrefillLayerDone\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0btoken_start\x18\x03 \x01(\r\x12\x13\n\x0btoken_count\x18\x04 \x01(\r\x12\x12\n\nhead_start\x18\x05 \x01(\r\x12\x12\n\nhead_count\x18\x06 \x01(\r\x12\x0c\n\x04slot\x18\x07 \x01(\r\x12\x13\n\x0b\x63hunk_start\x18\x08 \x01(\r\x12\x14\n\x0c\x63hunk_tokens\x18\t \x01(\r\x12\x12\n\nstarted_ns\x18\n \x01(\x03\x12\x13\n\x0b\x66inished_ns\x18\x0b \x01(\x03\x12\x12\n\ncompute_ns\x18\x0c \x01(\x03\x12\x13\n\x0b\x63omputed_ns\x18\r \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x0e \x01(\x08\"F\n\rPrefillFailed\x12\x0b\n\x03job\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetailb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLENGINECOMMAND']._serialized_start=97
   _globals['_PREFILLENGINECOMMAND']._serialized_end=297
   _globals['_PREFILLSUBMIT']._serialized_start=299
-  _globals['_PREFILLSUBMIT']._serialized_end=406
-  _globals['_PREFILLLAYERSENT']._serialized_start=408
-  _globals['_PREFILLLAYERSENT']._serialized_end=439
-  _globals['_PREFILLCLOSE']._serialized_start=441
-  _globals['_PREFILLCLOSE']._serialized_end=468
-  _globals['_PREFILLENGINEEVENT']._serialized_start=471
-  _globals['_PREFILLENGINEEVENT']._serialized_end=726
-  _globals['_PREFILLREADY']._serialized_start=728
-  _globals['_PREFILLREADY']._serialized_end=780
-  _globals['_PREFILLSTARTED']._serialized_start=782
-  _globals['_PREFILLSTARTED']._serialized_end=826
-  _globals['_PREFILLLAYERDONE']._serialized_start=829
-  _globals['_PREFILLLAYERDONE']._serialized_end=1055
-  _globals['_PREFILLFAILED']._serialized_start=1057
-  _globals['_PREFILLFAILED']._serialized_end=1127
+  _globals['_PREFILLSUBMIT']._serialized_end=417
+  _globals['_PREFILLLAYERSENT']._serialized_start=419
+  _globals['_PREFILLLAYERSENT']._serialized_end=450
+  _globals['_PREFILLCLOSE']._serialized_start=452
+  _globals['_PREFILLCLOSE']._serialized_end=479
+  _globals['_PREFILLENGINEEVENT']._serialized_start=482
+  _globals['_PREFILLENGINEEVENT']._serialized_end=737
+  _globals['_PREFILLREADY']._serialized_start=739
+  _globals['_PREFILLREADY']._serialized_end=820
+  _globals['_PREFILLSTARTED']._serialized_start=822
+  _globals['_PREFILLSTARTED']._serialized_end=866
+  _globals['_PREFILLLAYERDONE']._serialized_start=869
+  _globals['_PREFILLLAYERDONE']._serialized_end=1152
+  _globals['_PREFILLFAILED']._serialized_start=1154
+  _globals['_PREFILLFAILED']._serialized_end=1224
 # @@protoc_insertion_point(module_scope)

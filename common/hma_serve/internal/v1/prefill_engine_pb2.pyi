@@ -62,15 +62,19 @@ class PrefillSubmit(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_START_FIELD_NUMBER: _builtins.int
-    DEADLINE_NS_FIELD_NUMBER: _builtins.int
+    DUE_NS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     """Minted by the front, never reused."""
     token_start: _builtins.int
     """KV of tokens before this one is computed but not handed out."""
-    deadline_ns: _builtins.int
+    due_ns: _builtins.int
+    """When its first token is due."""
     priority: _builtins.int
     """Higher runs earlier."""
+    tenant: _builtins.str
+    """Salts the prefix cache: whose prompt it is."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -79,12 +83,13 @@ class PrefillSubmit(_message.Message):
         job: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         token_start: _builtins.int = ...,
-        deadline_ns: _builtins.int = ...,
+        due_ns: _builtins.int = ...,
         priority: _builtins.int = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ns", b"deadline_ns", "job", b"job", "priority", b"priority", "token_ids", b"token_ids", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["due_ns", b"due_ns", "job", b"job", "priority", b"priority", "tenant", b"tenant", "token_ids", b"token_ids", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -176,17 +181,21 @@ class PrefillReady(_message.Message):
 
     DEVICE_FIELD_NUMBER: _builtins.int
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     load_seconds: _builtins.float
+    prefix_cache_tokens: _builtins.int
+    """Room for cached prefixes."""
     def __init__(
         self,
         *,
         device: _builtins.str = ...,
         load_seconds: _builtins.float = ...,
+        prefix_cache_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "load_seconds", b"load_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "load_seconds", b"load_seconds", "prefix_cache_tokens", b"prefix_cache_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -218,8 +227,8 @@ Global___PrefillStarted: _TypeAlias = PrefillStarted  # noqa: Y015
 
 @_typing.final
 class PrefillLayerDone(_message.Message):
-    """One layer of one chunk is computed and its KV lies packed in a slot: keys of the named heads and tokens first, then
-    their values, each [heads, groups, group bytes].
+    """One layer of one chunk is there and its KV lies packed in a slot: keys of the named heads and the chunk's tokens first,
+    then their values, each [heads, groups, group bytes].
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -235,10 +244,15 @@ class PrefillLayerDone(_message.Message):
     CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
     STARTED_NS_FIELD_NUMBER: _builtins.int
     FINISHED_NS_FIELD_NUMBER: _builtins.int
+    COMPUTE_NS_FIELD_NUMBER: _builtins.int
+    COMPUTED_NS_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     job: _builtins.int
     layer: _builtins.int
     token_start: _builtins.int
-    """The part of the chunk that is to be sent; token_count 0: none of it."""
+    """The part of the chunk that is to be sent. token_count 0: none of it; then there is no slot, and of the chunk's layers
+    only the last is reported.
+    """
     token_count: _builtins.int
     head_start: _builtins.int
     head_count: _builtins.int
@@ -247,7 +261,14 @@ class PrefillLayerDone(_message.Message):
     """The chunk's first token and its tokens, sent or not."""
     chunk_tokens: _builtins.int
     started_ns: _builtins.int
+    """Of the layer's computation, which others may have shared; of the copy where nothing was computed."""
     finished_ns: _builtins.int
+    compute_ns: _builtins.int
+    """The job's share of the accelerator's time since its last report."""
+    computed_ns: _builtins.int
+    """When the last computation for the job was done, this one included."""
+    cached: _builtins.bool
+    """The chunk came from the prefix cache."""
     def __init__(
         self,
         *,
@@ -262,10 +283,13 @@ class PrefillLayerDone(_message.Message):
         chunk_tokens: _builtins.int = ...,
         started_ns: _builtins.int = ...,
         finished_ns: _builtins.int = ...,
+        compute_ns: _builtins.int = ...,
+        computed_ns: _builtins.int = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_start", b"chunk_start", "chunk_tokens", b"chunk_tokens", "finished_ns", b"finished_ns", "head_count", b"head_count", "head_start", b"head_start", "job", b"job", "layer", b"layer", "slot", b"slot", "started_ns", b"started_ns", "token_count", b"token_count", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "chunk_start", b"chunk_start", "chunk_tokens", b"chunk_tokens", "compute_ns", b"compute_ns", "computed_ns", b"computed_ns", "finished_ns", b"finished_ns", "head_count", b"head_count", "head_start", b"head_start", "job", b"job", "layer", b"layer", "slot", b"slot", "started_ns", b"started_ns", "token_count", b"token_count", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,8 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
 
+DEFAULT_PREFIX_CACHE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig(PlaceConfig):
@@ -27,6 +29,8 @@ class PrefillConfig(PlaceConfig):
         max_running: Requests whose KV may be held at once.
         max_waiting: Requests that may wait before new ones are refused.
         kv_capacity_tokens: Tokens whose KV may be held at once; None: the longest prompt times `max_running`.
+        prefix_cache_bytes: Host memory for the KV of prompts seen before; 0: none is kept.
+        overlap: `on`: a layer leaves while later ones are computed; `off`: all leave after the last, to compare.
         threads: Of the engine's arithmetic.
         stall_timeout: Seconds that decode may let one transfer wait for one thing.
         events: File for the record of the pipeline's order; None: off.
@@ -43,6 +47,8 @@ class PrefillConfig(PlaceConfig):
     max_running: int
     max_waiting: int
     kv_capacity_tokens: int | None
+    prefix_cache_bytes: int
+    overlap: str
     threads: int
     stall_timeout: float
     events: Path | None
@@ -59,6 +65,7 @@ class PrefillConfig(PlaceConfig):
             "--max-running": (self.max_running, 1),
             "--max-waiting": (self.max_waiting, 0),
             "--kv-capacity-tokens": (self.kv_capacity_tokens, GROUP_TOKENS),
+            "--prefix-cache-bytes": (self.prefix_cache_bytes, 0),
             "--threads": (self.threads, 1),
             "--stall-timeout": (self.stall_timeout, 0.1),
         }
@@ -113,6 +120,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     work.add_argument(
         "--kv-capacity-tokens", type=int, metavar="TOKENS", help="KV held at once; default: max-running longest prompts"
+    )
+    work.add_argument(
+        "--prefix-cache-bytes",
+        type=int,
+        default=DEFAULT_PREFIX_CACHE_BYTES,
+        metavar="BYTES",
+        help="host memory for KV of prompts seen before, 0 for none (default: %(default)s)",
+    )
+    work.add_argument(
+        "--overlap",
+        choices=("on", "off"),
+        default="on",
+        help="whether KV leaves while later layers are computed; off is for comparing (default: %(default)s)",
     )
     work.add_argument(
         "--stall-timeout",

@@ -104,8 +104,17 @@ class EngineClient:
         return self._death or Internal("the engine ended without a reason")
 
     @contextlib.contextmanager
-    def job(self, token_ids: Sequence[int], *, token_start: int, priority: int, guard: Guard) -> Iterator[EngineJob]:
-        """Submits a job on entry, closes it on exit.
+    def job(
+        self,
+        token_ids: Sequence[int],
+        *,
+        token_start: int,
+        due: float,
+        priority: int,
+        tenant: str,
+        guard: Guard,
+    ) -> Iterator[EngineJob]:
+        """Submits a job on entry, closes it on exit; `due` is when its first token is, monotonic seconds.
 
         Raises:
             Unavailable: The engine is gone.
@@ -120,8 +129,9 @@ class EngineClient:
             job=job.job_id,
             token_ids=token_ids,
             token_start=token_start,
-            deadline_ns=int(guard.deadline * 1e9),
+            due_ns=int(min(due, guard.deadline) * 1e9),
             priority=priority,
+            tenant=tenant,
         )
         self._jobs[job.job_id] = job
         self._commands.put_nowait(pb.PrefillEngineCommand(submit=submit))

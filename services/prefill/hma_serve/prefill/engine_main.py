@@ -18,12 +18,16 @@ from hma_serve.checkpoint import read_model_config
 from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError
+from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.core.prefix import prefix_root
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
 from hma_serve.model import LoadLog
 from hma_serve.prefill.accelerators import AcceleratorSpec, open_accelerator
-from hma_serve.prefill.engine import Engine, Job
+from hma_serve.prefill.engine import Engine, EngineOptions
+from hma_serve.prefill.job import Job
 from hma_serve.prefill.kv_layout import KvLayout
+from hma_serve.prefill.prefix_cache import PrefixCache
 from hma_serve.prefill.profiles import find_profile
 from hma_serve.prefill.scheduler import Scheduler
 from hma_serve.telemetry.logs import setup_logging
@@ -44,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-running", type=int, required=True)
     parser.add_argument("--max-waiting", type=int, required=True)
     parser.add_argument("--kv-capacity-tokens", type=int, required=True)
+    parser.add_argument("--overlap", choices=("on", "off"), required=True)
+    parser.add_argument("--prefix-cache-bytes", type=int, required=True)
+    parser.add_argument("--fingerprint", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--log-format", required=True)
     add_engine_arguments(parser)
@@ -77,16 +84,32 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCom
     scheduler: Scheduler[Job] = Scheduler(
         max_running=args.max_running, max_waiting=args.max_waiting, capacity_tokens=args.kv_capacity_tokens
     )
-    engine = Engine(
-        accelerator=accelerator,
-        layout=KvLayout.of(model, profile),
-        arena=endpoint.arena,
-        scheduler=scheduler,
+    layout = KvLayout.of(model, profile)
+    cache = PrefixCache(layout, args.prefix_cache_bytes)
+    for memory in (endpoint.arena.memory, cache.memory):
+        accelerator.pin(memory)
+    # Whatever the bytes depend on, the tokens apart.
+    settings = (args.fingerprint, profile.name, profile.k_codec, profile.v_codec)
+    options = EngineOptions(
         chunk_tokens=args.chunk_tokens,
         layers_ahead=args.layers_ahead,
+        overlap=args.overlap == "on",
+        prefix_root=lambda tenant: prefix_root(*settings, tenant),
+    )
+    engine = Engine(
+        accelerator=accelerator,
+        layout=layout,
+        arena=endpoint.arena,
+        scheduler=scheduler,
+        cache=cache,
+        options=options,
         emit=endpoint.link.send,
     )
-    ready = pb.PrefillReady(device=accelerator.device, load_seconds=time.monotonic() - started)
+    ready = pb.PrefillReady(
+        device=accelerator.device,
+        load_seconds=time.monotonic() - started,
+        prefix_cache_tokens=cache.capacity * GROUP_TOKENS,
+    )
     endpoint.link.send(pb.PrefillEngineEvent(ready=ready))
     return engine
 

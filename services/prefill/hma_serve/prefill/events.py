@@ -44,6 +44,7 @@ class LayerEvents:
             "chunk_tokens": layer.chunk_tokens,
             "compute_started_ns": layer.started_ns,
             "compute_finished_ns": layer.finished_ns,
+            "computed_ns": layer.computed_ns,
             "left_ns": time.monotonic_ns(),
         }
         self._file.write(json.dumps(event) + "\n")

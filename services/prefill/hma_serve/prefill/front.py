@@ -25,7 +25,7 @@ from hma_serve.prefill.load import Load, RequestLoad
 from hma_serve.prefill.streamer import Destination, Streamer, Transfers
 from hma_serve.rpc import remaining
 from hma_serve.telemetry.metrics import PrefillMetrics
-from hma_serve.v1 import prefill_pb2, prefill_pb2_grpc
+from hma_serve.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +107,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 parts.engine.job(
                     request.token_ids,
                     token_start=request.token_start,
+                    due=_due(request.context, guard),
                     priority=request.context.priority,
+                    tenant=request.context.tenant,
                     guard=guard,
                 ) as job,
             ):
@@ -133,6 +135,7 @@ class _Transfer:
         self._submitted_ns = time.monotonic_ns()
         self._compute_ns = 0
         self._chunk_ns = 0
+        self._cached_tokens = 0
         self._sending_ns = 0
 
     async def run(self) -> AsyncIterator[prefill_pb2.PrefillResponse]:
@@ -156,21 +159,24 @@ class _Transfer:
                 layer = await self._next_layer(streamer)
                 if layer.layer == self._parts.transfers.layout.layers - 1:
                     computed = layer.chunk_start + layer.chunk_tokens
-                    self._chunk_done(layer.chunk_tokens)
+                    self._chunk_done(layer)
                     progress = prefill_pb2.PrefillProgress(computed_tokens=computed)
                     yield prefill_pb2.PrefillResponse(progress=progress)
             await streamer.commit()
-            exposed_seconds = (time.monotonic_ns() - layer.finished_ns) / 1e9
-        self._load.transferred(
-            streamer.sent_bytes,
-            sending=self._sending_ns / 1e9,
-            computing=self._compute_ns / 1e9,
-            exposed=exposed_seconds,
-        )
+            # Of a prompt that was found in the cache nothing was computed: all of its transfer is exposed.
+            exposed_seconds = (time.monotonic_ns() - (layer.computed_ns or started.at_ns)) / 1e9
+        if not layer.cached:
+            self._load.transferred(
+                streamer.sent_bytes,
+                sending=self._sending_ns / 1e9,
+                computing=self._compute_ns / 1e9,
+                exposed=exposed_seconds,
+            )
         metrics.exposed_transfer_seconds.observe(exposed_seconds)
         metrics.compute_seconds.observe(self._compute_ns / 1e9)
         completed = prefill_pb2.PrefillCompleted(
-            computed_tokens=tokens,
+            computed_tokens=tokens - self._cached_tokens,
+            cached_tokens=self._cached_tokens,
             payload_bytes=streamer.sent_bytes,
             queue_seconds=max(0.0, queue_seconds),
             compute_seconds=self._compute_ns / 1e9,
@@ -184,15 +190,27 @@ class _Transfer:
         sent_before, began = streamer.sent_bytes, time.monotonic_ns()
         await streamer.send_layer(layer)
         self._sending_ns += time.monotonic_ns() - began
-        self._parts.events.layer_left(self._request.context.request_id, layer)
-        self._job.layer_sent()
+        if layer.token_count:
+            self._parts.events.layer_left(self._request.context.request_id, layer)
+            self._job.layer_sent()
         self._parts.metrics.kv_sent_bytes.inc(streamer.sent_bytes - sent_before)
-        seconds = layer.finished_ns - layer.started_ns
-        self._compute_ns += seconds
-        self._chunk_ns += seconds
+        self._compute_ns += layer.compute_ns
+        self._chunk_ns += layer.compute_ns
         return layer
 
-    def _chunk_done(self, tokens: int) -> None:
-        self._load.computed(tokens, self._chunk_ns / 1e9)
-        self._parts.metrics.tokens.inc(tokens)
+    def _chunk_done(self, layer: engine_pb.PrefillLayerDone) -> None:
+        if layer.cached:
+            self._cached_tokens += layer.chunk_tokens
+            self._load.skipped(layer.chunk_tokens)
+            self._parts.metrics.cached_tokens.inc(layer.chunk_tokens)
+            return
+        self._load.computed(layer.chunk_tokens, self._chunk_ns / 1e9)
+        self._parts.metrics.tokens.inc(layer.chunk_tokens)
         self._chunk_ns = 0
+
+
+def _due(context: common_pb2.RequestContext, guard: Guard) -> float:
+    """When the first token is wanted; whoever names no objective waits as long as its deadline allows."""
+    if context.HasField("slo") and context.slo.HasField("ttft_seconds"):
+        return time.monotonic() + context.slo.ttft_seconds
+    return guard.deadline

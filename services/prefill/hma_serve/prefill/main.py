@@ -168,6 +168,9 @@ async def _engine(
         "--max-running": config.max_running,
         "--max-waiting": config.max_waiting,
         "--kv-capacity-tokens": _kv_capacity(config, model),
+        "--overlap": config.overlap,
+        "--prefix-cache-bytes": config.prefix_cache_bytes,
+        "--fingerprint": model.info.kv_fingerprint or model.fingerprint,
         "--threads": config.threads,
         "--log-format": config.log_format,
     }

@@ -2,7 +2,8 @@
 
 The unit is one layer of one chunk, so an urgent prompt overtakes a long one within a layer, a cancelled one stops
 within a layer, and one whose receiver is slow (it may not run until its slots are free) leaves the engine to the
-others. A deadline is absolute, so waiting makes a request more urgent by itself and none starves.
+others. Due times are absolute, so waiting makes a request more urgent by itself and none starves. Who is computed
+beside the most urgent one, `hma_serve.prefill.batching` says.
 
 Pure bookkeeping: no clock, no tensors.
 """
@@ -27,8 +28,8 @@ class Schedulable(Protocol):
         ...
 
     @property
-    def deadline_ns(self) -> int:
-        """Absolute."""
+    def due_ns(self) -> int:
+        """Absolute: when its first token is due."""
         ...
 
     @property
@@ -46,8 +47,8 @@ Job = TypeVar("Job", bound=Schedulable)
 
 
 def urgency(job: Schedulable) -> tuple[int, int, int]:
-    """Sort key: priority, then deadline, then arrival."""
-    return (-job.priority, job.deadline_ns, job.job_id)
+    """Sort key: priority, then due time, then arrival."""
+    return (-job.priority, job.due_ns, job.job_id)
 
 
 class Scheduler(Generic[Job]):
@@ -115,6 +116,6 @@ class Scheduler(Generic[Job]):
             self._running[job.job_id] = self._waiting.pop(job.job_id)
             yield job
 
-    def next(self) -> Job | None:
-        """The most urgent job that can run a layer now."""
-        return min((job for job in self._running.values() if job.runnable), key=urgency, default=None)
+    def ready(self) -> list[Job]:
+        """The jobs that can run a layer now, most urgent first."""
+        return sorted((job for job in self._running.values() if job.runnable), key=urgency)

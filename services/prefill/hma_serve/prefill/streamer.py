@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from hma_serve.core.errors import FailedPrecondition
+from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.internal.v1 import prefill_engine_pb2 as engine_pb
 from hma_serve.ipc import Arena
 from hma_serve.kvblock import BEST_PAYLOAD_BYTES, HEADER_ROOM_BYTES, StreamWriter, encode_frame, validate_manifest
@@ -116,14 +117,16 @@ class Streamer:
         if not done.token_count:
             return
         layout = self._transfers.layout
-        size = layout.layer_bytes(done.token_count, done.head_count)
-        views = layout.views(self._transfers.arena.slot(done.slot, size), done.token_count, done.head_count)
+        size = layout.layer_bytes(done.chunk_tokens, done.head_count)
+        views = layout.views(self._transfers.arena.slot(done.slot, size), done.chunk_tokens, done.head_count)
+        first = (done.token_start - done.chunk_start) // GROUP_TOKENS
+        sent = slice(first, first + done.token_count // GROUP_TOKENS)
         ends_stream = done.layer == layout.layers - 1 and done.token_start + done.token_count == self._token_end
         for role, packed in zip(ROLES, views, strict=True):
             blocks = self._writer.blocks(
                 done.layer,
                 role,
-                packed,
+                packed[:, sent],
                 token_start=done.token_start,
                 head_start=done.head_start,
                 last=ends_stream and role == ROLES[-1],
