@@ -340,7 +340,7 @@ def _names(option: _Option) -> tuple[str, str]:
 
 
 def _kind(info: WorkerInfo) -> object:
-    return info.model.fingerprint, info.model.rope, info.codecs
+    return info.model.stream_fingerprint, info.model.rope, info.codecs
 
 
 _MAKER_MERITS: tuple[Callable[[PrefillOutlook], float], ...] = (
