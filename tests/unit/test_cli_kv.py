@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ import pytest
 
 from hma_serve import kvblock
 from hma_serve.cli import kv
+from hma_serve.cli.kv_capture import MAX_PROBLEMS
 from hma_serve.cli.kv_vectors import golden_values
+from hma_serve.v1.kv_transfer_pb2 import PushOpen
 from support.kv_streams import GOLDEN
 
 VECTORS = GOLDEN / "kv_vectors"
@@ -85,7 +89,19 @@ def test_heads_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
         (["encode", "--codec", "fp7", "--rows", "32", "--cols", "1"], b"", 2, "tt_bfp8_b"),
         (["encode", "--codec", "bf16", "--rows", "31", "--cols", "1"], b"", 2, "multiple of 32"),
         (["encode", "--codec", "nvfp4", "--rows", "32", "--cols", "48"], b"", 2, "multiple of 32"),
-        (["inspect", "/nonexistent"], b"", 2, "No such file"),
+        (
+            ["encode", "--codec", "int8", "--rows", "32", "--cols", "1", "--rounding", "truncate"],
+            bytes(128),
+            2,
+            "rounds",
+        ),
+        (["encode", "--codec", "bf16", "--rows", "960000000000", "--cols", "64"], b"", 2, "are the most at once"),
+        (["decode", "--codec", "bf16", "--rows", "32000000", "--cols", "64"], b"", 1, "0 bytes, not the"),
+        (["inspect", "/nonexistent"], b"", 2, "/nonexistent: No such file"),
+        (["inspect", "no\x1b[31m\udcff"], b"", 2, r"no\x1b[31m\udcff: No such file"),
+        (["calibrate", "--model", "demo", "--profile", "no", "--text", "no", "-o", "o"], b"", 2, "unknown profile"),
+        (["calibrate", "--model", "/no", "--profile", "f32", "--text", "no", "-o", "o"], b"", 2, "no checkpoint"),
+        (["calibrate", "--model", "demo", "--profile", "f32", "--text", "/no", "-o", "o"], b"", 2, "/no: No such file"),
         (["verify", str(GOLDEN / "text")], b"", 2, "neither captures"),
     ],
 )
@@ -179,13 +195,124 @@ def test_another_rounding_is_no_fault(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run(monkeypatch, ["verify", str(tmp_path / "set")])[0] == 0
 
 
-@pytest.mark.parametrize("index", ["", "[]", "{}", '{"values": "v", "vectors": [1]}', '{"values": 1, "vectors": []}'])
-def test_a_bad_index_is_reported(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "vectors.json").write_text(index)
-    (tmp_path / "v").write_bytes(bytes(4))
+ENTRY: dict[str, object] = {"codec": "f32", "heads": 1, "tokens": 32, "head_dim": 1, "payload": "p"}
+ODD_ENTRIES: list[tuple[dict[str, object], str]] = [
+    ({"heads": float("nan")}, "not a positive whole number"),
+    ({"tokens": float("inf")}, "not a positive whole number"),
+    ({"heads": -1, "tokens": -32}, "not a positive whole number"),
+    ({"heads": True}, "not a positive whole number"),
+    ({"tokens": 16, "head_dim": 2}, "not whole groups of 32"),
+    ({"tokens": 64}, "there are 32 values"),
+    ({"payload": "../v"}, "lies outside of the folder"),
+    ({"payload": "/dev/zero"}, "lies outside of the folder"),
+    ({"payload": "pipe"}, "not a regular file"),
+    ({"payload": "\udcff"}, "\\\\udcff"),
+    ({"codec": "fp7"}, "fp7"),
+    ({"codec": "int4", "head_dim": 1}, "multiple of 32"),
+]
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("", "not an index"),
+        ("[]", "not an index"),
+        ("{}", "'vectors' is missing"),
+        (DEEP, "nested too deeply"),
+        ('{"values": "v", "vectors": []}', "lists no vectors"),
+        ('{"values": "v", "vectors": {"a": 1}}', "lists no vectors"),
+        ('{"values": 1, "vectors": [1]}', "1 is not the name of a file"),
+        ('{"values": "\\u0000", "vectors": [1]}', "null"),
+        ('{"values": "gone", "vectors": [1]}', "gone: No such file"),
+        ('{"values": "nan", "vectors": [1]}', "Inf or NaN"),
+        ('{"values": "pipe", "vectors": [1]}', "not a regular file"),
+        ('{"values": "v", "vectors": [1, null, []]}', "not an object"),
+        *((json.dumps({"values": "v", "vectors": [{**ENTRY, **change}]}), said) for change, said in ODD_ENTRIES),
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_bad_index_is_reported(index: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "vectors.json").write_text(index)
+    for name in ("v", "p", "../v"):
+        (folder / name).write_bytes(bytes(128))
+    (folder / "nan").write_bytes(b"\xff" * 128)
+    os.mkfifo(folder / "pipe")
+    status, out = run(monkeypatch, ["verify", str(folder)])
+    assert status == 1
+    assert re.search(said, out.decode())
+    assert b"vectors.json: " in out
+
+
+def test_values_that_a_codec_cannot_carry_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "v").write_bytes(np.full(32, 3.4e38, "<f4").tobytes())
+    (tmp_path / "p").write_bytes(bytes(64))
+    index = {"values": "v", "vectors": [ENTRY | {"codec": "bf16"}]}
+    (tmp_path / "vectors.json").write_text(json.dumps(index))
     status, out = run(monkeypatch, ["verify", str(tmp_path)])
     assert status == 1
-    assert b"vectors.json: " in out
+    assert b"too large for bfloat16" in out
+
+
+def test_what_strangers_wrote_does_not_reach_the_terminal_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = (VECTORS / "streams" / "uniform.kv").read_bytes()
+    frames = [bytes(frame) for _, frame in kvblock.split_frames(stream)]
+    header, _ = kvblock.decode_frame(frames[0])
+    header.open.manifest.producer.vendor = "\x1b[2Jmine\nright"
+    file = tmp_path / "a\nb.kv"
+    file.write_bytes(b"".join(kvblock.join_frames([kvblock.encode_frame(header), *frames[1:]])))
+    status, out = run(monkeypatch, ["inspect", str(file)])
+    assert status == 0
+    assert b"\x1b" not in out
+    assert rb"\x1b[2Jmine\nright" in out
+    assert run(monkeypatch, ["verify", str(tmp_path)])[1].startswith(rb"a\nb.kv: right")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda opened: setattr(opened, "ticket", b"short"), "ticket of 5 bytes"),
+        (lambda opened: opened.ClearField("transports"), "TRANSPORT_GRPC"),
+        (lambda opened: setattr(opened.manifest, "model_fingerprint", "abc"), "lower-case hex"),
+    ],
+)
+def test_what_writers_must_not_send_is_reported_although_readers_take_it(
+    change: Callable[[PushOpen], None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = (VECTORS / "streams" / "uniform.kv").read_bytes()
+    frames = [bytes(frame) for _, frame in kvblock.split_frames(stream)]
+    header, _ = kvblock.decode_frame(frames[0])
+    change(header.open)
+    frames[0] = kvblock.encode_frame(header)
+    (tmp_path / "f.kv").write_bytes(b"".join(kvblock.join_frames(frames)))
+    status, out = run(monkeypatch, ["verify", str(tmp_path)])
+    assert status == 1
+    assert out.decode().splitlines()[0].split(": ")[2] == "form"
+    assert said in out.decode()
+
+
+def test_a_frame_in_another_form_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = (VECTORS / "streams" / "uniform.kv").read_bytes()
+    frames = [bytes(frame) for _, frame in kvblock.split_frames(stream)]
+    header, payload = kvblock.decode_frame(frames[1])
+    head = kvblock.encode_frame(header)
+    frames[1] = frames[1][len(head) :] + head  # the payload first: protobuf reads it, the copy-free path does not
+    frames[-1] += b"\x12\x01x"
+    status, out = run(monkeypatch, ["verify", "-"], b"".join(kvblock.join_frames(frames)))
+    assert status == 1
+    assert [line.split(": ")[2] for line in out.decode().splitlines()] == ["form", "form"]
+    assert kvblock.decode_frame(frames[1]) == (header, payload)
+
+
+def test_a_capture_full_of_faults_ends_with_a_word_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out = run(monkeypatch, ["verify", "-"], b"\x02\x0a\x00" * 500)
+    assert status == 1
+    assert len(out.splitlines()) == MAX_PROBLEMS + 1
+    assert out.decode().endswith("nothing after this was looked at\n")
 
 
 def test_pipes_of_processes_and_a_reader_that_goes_away() -> None:
@@ -206,3 +333,25 @@ def test_pipes_of_processes_and_a_reader_that_goes_away() -> None:
     )
     assert gone.stdout.strip() in ("0", "141")
     assert gone.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "said"),
+    [
+        ("decode --codec bf16 --rows 32 --cols 64 <&-", 2, "stdin is closed"),
+        ("verify - <&-", 2, "stdin is closed"),
+        ("verify {vectors} >&-", 2, "stdout is closed"),
+        ("verify {vectors} >/dev/full", 2, "No space left on device"),
+        ("verify {vectors} >/dev/full 2>&-", 2, ""),
+        ("encode --codec f32 --rows 64 --cols 64 < {vectors}/values.f32.bin >/dev/full", 2, "No space left on device"),
+        ("encode --codec bf16 --rows 1e3 --cols 1", 2, "not a positive whole number"),
+        ("encode --codec bf16 --rows 320000 --cols 64 < /dev/zero | head -c 1 >&-; exit ${{PIPESTATUS[0]}}", 1, "more"),
+    ],
+)
+def test_closed_and_full_streams(command: str, status: int, said: str) -> None:
+    line = f"{sys.executable} -m hma_serve.cli.kv {command.format(vectors=VECTORS)}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == status
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

@@ -49,6 +49,7 @@ def test_exports() -> None:
         "decode_frame",
         "describe_support",
         "encode_frame",
+        "is_plain_frame",
         "join_frames",
         "negotiate",
         "semantic_hash",

@@ -75,6 +75,11 @@ def decode_frame(buffer: bytes | memoryview, max_bytes: int = MAX_MESSAGE_BYTES)
         raise MalformedFrame("not a PushRequest", field="frame") from error
 
 
+def is_plain_frame(buffer: bytes | memoryview) -> bool:
+    """Whether a frame has the form that writers must give it: the header, then the payload, and nothing else."""
+    return _plain_bounds(memoryview(buffer).cast("B")) is not None
+
+
 def contiguous_pieces(payload: NDArray[np.uint8]) -> Iterator[memoryview]:
     """The array's bytes in C order as the fewest contiguous views that its leading axes allow."""
     if payload.flags.c_contiguous:

@@ -21,13 +21,14 @@ from hma_serve.cli.kv_pipes import (
     WrongData,
     WrongUse,
     abandon_stdout,
+    file_error,
     printable,
     read_exactly,
     read_file,
     require_stdout,
     write_bytes,
 )
-from hma_serve.cli.kv_report import as_json, as_table
+from hma_serve.cli.kv_report import STOPPED, as_json, as_table
 from hma_serve.cli.kv_vectors import INDEX, verify_vectors, write_vectors
 from hma_serve.core.errors import HmaError
 from hma_serve.kvblock import GROUP_TOKENS, Codec, KvFormatError, codec, codec_names
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "verify", help="check a producer's captures and vectors against the format", epilog=EXIT_STATUSES
     )
     verify.add_argument(
-        "path", metavar="FILE|DIR", help=f"a capture (- reads stdin), or a folder of captures (*.kv) and an {INDEX}"
+        "path", metavar="FILE|DIR", help=f"a capture (- reads stdin), or a folder of captures (*.kv) and a {INDEX}"
     )
     vectors = commands.add_parser("vectors", help="write the golden vectors", epilog=EXIT_STATUSES)
     vectors.add_argument("out", metavar="OUT", type=Path, help="folder; made if it is not there")
@@ -95,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(args.command, error.message, status)
     except WrongData as error:
         return _fail(args.command, str(error), _WRONG_DATA)
-    except (WrongUse, OSError) as error:
-        abandon_stdout()  # it may be what failed
+    except WrongUse as error:
         return _fail(args.command, str(error), _WRONG_USE)
+    except OSError as error:
+        abandon_stdout()  # it may be what failed
+        return _fail(args.command, file_error(error), _WRONG_USE)
     except MemoryError:
         return _fail(args.command, "there is not enough memory for this much at once", _WRONG_USE)
     return status
@@ -142,10 +145,15 @@ def _positive(text: str) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    packer = _packer(args)
+    packer, rounding = _packer(args), _ROUNDINGS[args.rounding]
     values = np.frombuffer(read_exactly(4 * args.heads * args.rows * args.cols), dtype="<f4")
+    values = values.reshape(args.heads, args.rows, args.cols)
     try:
-        units = packer.encode(values.reshape(args.heads, args.rows, args.cols), _ROUNDINGS[args.rounding])
+        packer.encode(values[:0], rounding)
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
+    try:
+        units = packer.encode(values, rounding)
     except ValueError as error:
         raise WrongData(str(error)) from error
     write_bytes(np.ascontiguousarray(units).data)
@@ -185,7 +193,7 @@ def _verify(args: argparse.Namespace) -> int:
     captures = sorted(path for path in folder.rglob("*.kv") if path.is_file())
     index = folder / INDEX
     if not captures and not index.exists():
-        raise WrongUse(f"{args.path} holds neither captures (*.kv) nor an {INDEX}")
+        raise WrongUse(f"{args.path} holds neither captures (*.kv) nor a {INDEX}")
     statuses = [_judge(str(file.relative_to(folder)), read_capture(read_file(str(file)))) for file in captures]
     if index.exists():
         problems, checked = verify_vectors(index)
@@ -216,6 +224,8 @@ def _judge(name: str, capture: Capture) -> int:
     name = printable(name)
     for problem in capture.problems:
         print(printable(f"{name}: {problem}"))
+    if capture.stopped:
+        print(f"{name}: {STOPPED}")
     if capture.problems:
         return _WRONG_DATA
     print(f"{name}: right: {capture.summary}")

@@ -103,6 +103,12 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def file_error(error: OSError) -> str:
+    """What an operating system's error says, without its number."""
+    words = error.strerror or str(error)
+    return words if error.filename is None else f"{os.fsdecode(error.filename)}: {words}"
+
+
 def _stdin() -> BinaryIO:
     if sys.stdin is None:
         raise WrongUse("stdin is closed")

@@ -8,8 +8,12 @@ from typing import Any, Final
 from google.protobuf.json_format import MessageToDict
 
 from hma_serve.cli.kv_capture import Capture
+from hma_serve.cli.kv_pipes import printable
 from hma_serve.v1.kv_block_pb2 import KvCodecId, KvManifest, KvRole, KvRopePairing, KvRounding, KvScaleGranularity
 
+STOPPED: Final = "... and more: nothing after this was looked at"
+_MOST_LINES: Final = 64
+_MOST_LAYERS: Final = 1024
 _HEADINGS: Final = ("frame", "seq", "layer", "role", "heads", "tokens", "codec", "bytes", "crc32c", "verdict")
 
 
@@ -42,15 +46,19 @@ def as_json(capture: Capture) -> dict[str, Any]:
             {"frame": problem.frame, "at": problem.at, "rule": problem.rule, "message": problem.message}
             for problem in capture.problems
         ],
+        "stopped": capture.stopped,
     }
 
 
 def as_table(capture: Capture) -> str:
     """The manifest as lines, the blocks as a table, then what is wrong."""
-    lines = list(_manifest_lines(capture))
+    lines = [printable(line) for line in _manifest_lines(capture)]
     if capture.blocks:
         lines += ["", *_aligned([_HEADINGS, *_rows(capture)])]
-    lines += ["", *(f"wrong: {problem}" for problem in capture.problems)] if capture.problems else ["", "right"]
+    lines.append("")
+    lines += [printable(f"wrong: {problem}") for problem in capture.problems] or ["right"]
+    if capture.stopped:
+        lines.append(STOPPED)
     return "\n".join(lines)
 
 
@@ -73,20 +81,24 @@ def _manifest_lines(capture: Capture) -> Iterable[str]:
     yield f"k_offsets    {len(manifest.k_offsets)} vectors"
     producer = manifest.producer
     yield f"producer     {producer.vendor[:80]} {producer.device[:80]} {producer.software[:80]}".rstrip()
-    for index, spec in enumerate(manifest.codecs):
+    for index, spec in enumerate(manifest.codecs[:_MOST_LINES]):
         yield (
             f"codec {index}      {_name(KvCodecId, spec.id, 'KV_CODEC_ID_')} v{spec.version}, scales "
             f"{_name(KvScaleGranularity, spec.granularity, 'KV_SCALE_GRANULARITY_')}, rounding "
             f"{_name(KvRounding, spec.rounding, 'KV_ROUNDING_')}"
         )
-    for index, group in enumerate(manifest.layer_groups):
+    for index, group in enumerate(manifest.layer_groups[:_MOST_LINES]):
         roles = "; ".join(
             f"{_name(KvRole, role.role, 'KV_ROLE_')} {role.kv_heads} x {role.head_dim}, codec {role.codec}"
-            for role in group.roles
+            for role in group.roles[:_MOST_LINES]
         )
-        yield f"layers {index}     {_ranges(group.layers)}: {roles}"
+        yield f"layers {index}     {_ranges(group.layers[:_MOST_LAYERS])}: {roles}"
+    listed = {"codecs": len(manifest.codecs), "layer groups": len(manifest.layer_groups)}
+    for name, count in listed.items():
+        if count > _MOST_LINES:
+            yield f"...          {count - _MOST_LINES} more {name}"
     if manifest.critical_extensions:
-        yield f"extensions   {list(manifest.critical_extensions)}"
+        yield f"extensions   {list(manifest.critical_extensions[:_MOST_LINES])}"
 
 
 def _rows(capture: Capture) -> Iterable[tuple[str, ...]]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hma_serve.cli.kv_meaning import compare
-from hma_serve.cli.kv_pipes import printable, read_listed
+from hma_serve.cli.kv_pipes import file_error, printable, read_listed
 from hma_serve.kvblock import (
     GROUP_TOKENS,
     KvFormatError,
@@ -189,6 +189,8 @@ def verify_vectors(index: Path) -> tuple[list[str], int]:
 
 
 def _verify_entry(folder: Path, entry: Any, values: NDArray[np.float32]) -> str:
+    if not isinstance(entry, dict):
+        return f"{printable(str(entry)[:200])}: not an object"
     try:
         name = printable(str(entry["payload"]))
         packer, shape = codec(str(entry["codec"])), _shape(entry, values.size)
@@ -216,9 +218,11 @@ def _shape(entry: Any, size: int) -> tuple[int, int, int]:
 
 def _within(folder: Path, name: Any) -> Path:
     """The path of a file that the index names, which must lie in the index's folder."""
-    path = folder / str(name)
+    if not isinstance(name, str):
+        raise TypeError(f"{printable(str(name)[:200])} is not the name of a file")
+    path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{printable(str(name))} lies outside of the folder")
+        raise ValueError(f"{printable(name)} lies outside of the folder")
     return path
 
 
@@ -227,5 +231,5 @@ def _said(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
     if isinstance(error, OSError):
-        return f"{printable(str(error.filename))}: {error.strerror}"
+        return printable(file_error(error))
     return printable(str(error))
