@@ -37,6 +37,7 @@ COMMANDS = {
     "decode": Command("hma_serve.decode.main", "decode", "run a decode worker"),
     "complete": Command("hma_serve.cli.complete", "local", "continue a text, streamed to the terminal"),
     "chat": Command("hma_serve.cli.chat", "local", "talk to a model"),
+    "top": Command("hma_serve.cli.top", "router", "watch workers, load, KV and objectives in the terminal"),
     "kv": Command("hma_serve.cli.kv", "service", "pack, unpack, show and check KV in the wire format"),
     "certs": Command("hma_serve.cli.certs", "local", "make certificates for trying mutual TLS"),
     "completion": Command("hma_serve.cli.completion_script", "local", "print a script for the shell's Tab key"),

@@ -16,8 +16,11 @@ from hma_serve.core.errors import Cancelled, HmaError, NotFound, Unavailable
 from hma_serve.decode.admission import Admission
 from hma_serve.decode.engine_client import EngineClient
 from hma_serve.decode.load import Load
+from hma_serve.decode.stream_spans import StreamSpans
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.telemetry.metrics import DecodeMetrics
+from hma_serve.telemetry.spans import DECODE
+from hma_serve.telemetry.tracing import Attribute, SpanKind, Trace
 from hma_serve.v1 import decode_pb2, decode_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[decode_pb2.DecodeGenerateRequest, decode_pb2.DecodeGenerateResponse]
@@ -44,7 +47,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self, request: decode_pb2.DecodeGenerateRequest, context: _Context
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
         """See the schema."""
-        with self._counted() as outcome:
+        with self._counted() as outcome, _traced(request) as spans:
             if self._load.draining:
                 raise Unavailable("this decode worker is leaving; another can take the request")
             admit = self._admission.check(request)
@@ -53,6 +56,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
                 async for output in stream.outputs():
                     for response in _responses(output):
                         self._count(response)
+                        spans.passed(response)
                         yield response
             outcome.append("ok")
 
@@ -102,6 +106,24 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         finally:
             self._load.stream_closed()
             self._metrics.requests.labels(outcome[-1] if outcome else Cancelled.code).inc()
+
+
+@contextlib.contextmanager
+def _traced(request: decode_pb2.DecodeGenerateRequest) -> Iterator[StreamSpans]:
+    """The call's span, and those of its phases below it."""
+    context = request.context
+    attributes: dict[str, Attribute] = {
+        "request_id": context.request_id,
+        "epoch": context.epoch,
+        "prompt_tokens": len(request.prompt_token_ids),
+        "packed_tokens": request.packed_tokens,
+    }
+    with Trace.of_message(context.trace).span(DECODE, kind=SpanKind.SERVER, **attributes) as span:
+        phases = StreamSpans(span.trace)
+        try:
+            yield phases
+        finally:
+            phases.ended()
 
 
 def _responses(output: decode_engine_pb2.DecodeStreamOutput) -> Iterator[decode_pb2.DecodeGenerateResponse]:

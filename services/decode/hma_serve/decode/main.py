@@ -30,6 +30,7 @@ from hma_serve.kvblock import MAX_MESSAGE_BYTES
 from hma_serve.rpc import GrpcServer, tune_allocator
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import DecodeMetrics, decode_metrics
+from hma_serve.telemetry.tracing import exporting_traces
 from hma_serve.v1 import decode_pb2_grpc
 from hma_serve.worker import WorkerFront, run_worker
 
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_of(build_parser().parse_args(argv))
     setup_logging("decode", config.log_format)
     tune_allocator()
-    asyncio.run(run_worker(partial(_Worker, config)))
+    with exporting_traces("decode"):
+        asyncio.run(run_worker(partial(_Worker, config)))
     return 0
 
 
@@ -166,8 +168,11 @@ class _Worker:
 
 def _show_load(metrics: DecodeMetrics, load: Load) -> None:
     """Lets the gauges read the load when they are scraped."""
-    metrics.running.set_function(lambda: load.engine.running)
-    metrics.waiting.set_function(lambda: load.engine.waiting)
+    for running in (metrics.running, metrics.vllm_running):
+        running.set_function(lambda: load.engine.running)
+    for waiting in (metrics.waiting, metrics.vllm_waiting):
+        waiting.set_function(lambda: load.engine.waiting)
+    metrics.vllm_kv_usage.set_function(lambda: load.engine.kv_used_tokens / load.kv_capacity_tokens)
     metrics.kv_used_tokens.set_function(lambda: load.engine.kv_used_tokens)
     metrics.kv_capacity_tokens.set(load.kv_capacity_tokens)
     metrics.step_seconds.set_function(lambda: load.engine.step_seconds)

@@ -41,6 +41,8 @@ from hma_serve.kvblock import (
 )
 from hma_serve.rpc import error_detail
 from hma_serve.telemetry.metrics import DecodeMetrics
+from hma_serve.telemetry.spans import KV_RECEIVE
+from hma_serve.telemetry.tracing import Span, SpanKind, Trace
 from hma_serve.v1 import kv_block_pb2, kv_transfer_pb2
 
 SERVICE = "hma_serve.v1.KvTransfer"
@@ -179,7 +181,12 @@ class _Push:
         header, _ = decode_frame(await self._within_stall(self._read(), "the first frame"))
         if not header.HasField("open"):
             raise FailedPrecondition("a KV stream begins with its open frame", field="header.frame")
-        opened = header.open
+        with Trace.of_message(header.open.trace).span(
+            KV_RECEIVE, kind=SpanKind.SERVER, epoch=header.open.epoch
+        ) as span:
+            await self._fill(header.open, span)
+
+    async def _fill(self, opened: kv_transfer_pb2.PushOpen, span: Span) -> None:
         plan = self._checked(opened)
         attach = _attach(opened, plan)
         with self._parts.engine.push(attach) as mailbox:
@@ -187,6 +194,7 @@ class _Push:
                 self._transfer(mailbox, attach.push, opened, plan), self._acknowledge(mailbox), mailbox.failure
             )
             committed = kv_transfer_pb2.PushCommitted(blocks=mailbox.landed_blocks, payload_bytes=mailbox.landed_bytes)
+            span.set(tokens=plan.token_count, blocks=committed.blocks, bytes=committed.payload_bytes)
             await self._responses.send(kv_transfer_pb2.PushResponse(committed=committed))
 
     def _checked(self, opened: kv_transfer_pb2.PushOpen) -> StreamPlan:

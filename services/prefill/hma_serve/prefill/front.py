@@ -21,10 +21,13 @@ from hma_serve.prefill.admission import Admission
 from hma_serve.prefill.engine_client import EngineClient, EngineJob
 from hma_serve.prefill.events import LayerEvents
 from hma_serve.prefill.guard import Guard
+from hma_serve.prefill.layer_spans import LayerSpans
 from hma_serve.prefill.load import Load, RequestLoad
 from hma_serve.prefill.streamer import Destination, Streamer, Transfers
 from hma_serve.rpc import remaining
+from hma_serve.telemetry import spans
 from hma_serve.telemetry.metrics import PrefillMetrics
+from hma_serve.telemetry.tracing import Attribute, SpanKind, Trace
 from hma_serve.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -77,9 +80,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         """See the schema."""
         outcome = "cancelled"
+        origin, attributes = Trace.of_message(request.context.trace), _attributes(request)
         try:
-            async for response in self._serve(request):
-                yield response
+            with origin.span(spans.PREFILL, kind=SpanKind.SERVER, **attributes) as span:
+                async for response in self._serve(request, span.trace):
+                    yield response
             outcome = "ok"
         except HmaError as exc:
             outcome = exc.code
@@ -91,7 +96,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         finally:
             self._parts.metrics.requests.labels(outcome).inc()
 
-    async def _serve(self, request: prefill_pb2.PrefillRequest) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+    async def _serve(
+        self, request: prefill_pb2.PrefillRequest, trace: Trace
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         parts = self._parts
         parts.admission.check(request)
         parts.admission.require_room(parts.load)
@@ -115,23 +122,36 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             ):
                 accepted = prefill_pb2.PrefillAccepted(instance=parts.instance, queue_seconds=queue_seconds)
                 yield prefill_pb2.PrefillResponse(accepted=accepted)
-                async for response in _Transfer(parts, request, guard, job, load).run():
+                async for response in _Transfer(parts, request, guard, job, load, trace).run():
                     yield response
         finally:
             self._guards.discard(guard)
+
+
+def _attributes(request: prefill_pb2.PrefillRequest) -> dict[str, Attribute]:
+    context = request.context
+    return {"request_id": context.request_id, "epoch": context.epoch, "prompt_tokens": len(request.token_ids)}
 
 
 class _Transfer:
     """One accepted request from its start in the engine to decode's commit."""
 
     def __init__(
-        self, parts: FrontParts, request: prefill_pb2.PrefillRequest, guard: Guard, job: EngineJob, load: RequestLoad
+        self,
+        parts: FrontParts,
+        request: prefill_pb2.PrefillRequest,
+        guard: Guard,
+        job: EngineJob,
+        load: RequestLoad,
+        trace: Trace,
     ) -> None:
         self._parts = parts
         self._request = request
         self._guard = guard
         self._job = job
         self._load = load
+        self._trace = trace
+        self._spans = LayerSpans(trace, parts.transfers.layout.layers)
         self._submitted_ns = time.monotonic_ns()
         self._compute_ns = 0
         self._chunk_ns = 0
@@ -144,6 +164,7 @@ class _Transfer:
         self._load.started()
         queue_seconds = (started.at_ns - self._submitted_ns) / 1e9
         metrics.queue_seconds.observe(queue_seconds)
+        self._trace.record(spans.PREFILL_QUEUE, self._submitted_ns, started.at_ns)
         tokens = len(request.token_ids)
         streamer = Streamer(
             self._parts.transfers,
@@ -151,7 +172,7 @@ class _Transfer:
             token_start=request.token_start,
             token_count=tokens - request.token_start,
             guard=self._guard,
-            trace=request.context.trace,
+            trace=self._trace.to_message(),
         )
         async with streamer:
             computed = 0
@@ -189,11 +210,13 @@ class _Transfer:
         layer = await self._job.next_layer()
         sent_before, began = streamer.sent_bytes, time.monotonic_ns()
         await streamer.send_layer(layer)
-        self._sending_ns += time.monotonic_ns() - began
+        ended, sent = time.monotonic_ns(), streamer.sent_bytes - sent_before
+        self._sending_ns += ended - began
+        self._spans.left(layer, began, ended, sent)
         if layer.token_count:
             self._parts.events.layer_left(self._request.context.request_id, layer)
             self._job.layer_sent()
-        self._parts.metrics.kv_sent_bytes.inc(streamer.sent_bytes - sent_before)
+        self._parts.metrics.kv_sent_bytes.inc(sent)
         self._compute_ns += layer.compute_ns
         self._chunk_ns += layer.compute_ns
         return layer

@@ -30,6 +30,7 @@ from hma_serve.prefill.streamer import Transfers
 from hma_serve.rpc import ChannelCache, GrpcServer, tune_allocator
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import PrefillMetrics, prefill_metrics
+from hma_serve.telemetry.tracing import exporting_traces
 from hma_serve.v1 import kv_block_pb2, prefill_pb2_grpc
 from hma_serve.worker import WorkerFront, run_worker
 
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_of(build_parser().parse_args(argv))
     setup_logging("prefill", config.log_format)
     tune_allocator()
-    asyncio.run(run_worker(partial(_Worker, config)))
+    with exporting_traces("prefill"):
+        asyncio.run(run_worker(partial(_Worker, config)))
     return 0
 
 

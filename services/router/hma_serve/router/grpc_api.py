@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import grpc.aio
 from google.protobuf import struct_pb2
@@ -12,6 +13,8 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.router.completion import CompletionRequest, Completions, Delta, Event, Finished, Prepared, Prompt
 from hma_serve.router.conversation import checked_conversation
+from hma_serve.telemetry.spans import REQUEST
+from hma_serve.telemetry.tracing import SpanKind, Trace
 from hma_serve.text import Conversation
 from hma_serve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -32,10 +35,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: _GenerateContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Streams one request's events; the call's deadline bounds it and its cancellation frees everything."""
-        prepared = await self._completions.prepare(_read(request, context.time_remaining()))
-        async with aclosing(self._completions.run(prepared)) as events:
-            async for event in events:
-                yield _response(event, prepared, with_prompt=request.return_prompt_token_ids)
+        with _origin(context).span(REQUEST, kind=SpanKind.SERVER, **{"rpc.method": f"{SERVICE}/Generate"}) as span:
+            asked = replace(_read(request, context.time_remaining()), trace=span.trace)
+            prepared = await self._completions.prepare(asked)
+            span.set(**prepared.attributes)
+            async with aclosing(self._completions.run(prepared)) as events:
+                async for event in events:
+                    yield _response(event, prepared, with_prompt=request.return_prompt_token_ids)
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: _ListContext
@@ -53,6 +59,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 for name in self._completions.names()
             ]
         )
+
+
+def _origin(context: _GenerateContext) -> Trace:
+    """The caller's place in a trace, from the call's metadata."""
+    metadata = context.invocation_metadata() or ()
+    return Trace.of_headers({key: value for key, value in metadata if isinstance(value, str)})
 
 
 def _read(message: inference_pb2.GenerateRequest, timeout: float | None) -> CompletionRequest:
@@ -139,6 +151,5 @@ def _finished(event: Finished, prepared: Prepared) -> inference_pb2.GenerateResp
             prompt_tokens=prepared.prompt_tokens,
             completion_tokens=event.completion_tokens,
             cached_tokens=event.cached_tokens,
-            migrations=event.migrations,
         ),
     )

@@ -21,6 +21,7 @@ from hma_serve.router.pipeline import run_pipeline
 from hma_serve.rpc import GrpcServer
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import router_metrics
+from hma_serve.telemetry.tracing import exporting_traces
 from hma_serve.v1 import inference_pb2_grpc
 from hma_serve.worker import etcd_tls
 
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_config(argv)
         setup_logging("router", config.log_format)
-        asyncio.run(run(config))
+        with exporting_traces("router"):
+            asyncio.run(run(config))
     except HmaError as exc:
         print(f"hma-serve router: {exc.message}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -24,6 +25,8 @@ from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.http.openai_errors import error_of, json_response
 from hma_serve.router.http.requests import read_json_body, request_id_of, slo_of
 from hma_serve.router.http.strict_json import dumps
+from hma_serve.telemetry.spans import REQUEST
+from hma_serve.telemetry.tracing import Attribute, Span, SpanKind, Trace
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -52,12 +55,18 @@ class GenerationEndpoint:
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Handles one request; raises HmaError while a status can still be sent."""
+        attributes: dict[str, Attribute] = {"http.request.method": request.method, "http.route": request.path}
+        with Trace.of_headers(request.headers).span(REQUEST, kind=SpanKind.SERVER, **attributes) as span:
+            return await self._post(request, span)
+
+    async def _post(self, request: web.Request, span: Span) -> web.StreamResponse:
         caller = Caller(request_id_of(request), slo_of(request.headers))
         limits = self._limits
         body = self._read(
             await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout), caller
         )
-        prepared = await self._completions.prepare(body.request)
+        prepared = await self._completions.prepare(replace(body.request, trace=span.trace))
+        span.set(**prepared.attributes)
         answer = self._answer(prepared, body, self._completions.model.tokenizer, int(time.time()))
         async with aclosing(self._completions.run(prepared)) as events:
             if body.stream:
