@@ -210,6 +210,9 @@ async def test_a_model_without_a_template_says_so() -> None:
 class Context:
     """The part of a call's context that the servicer uses."""
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     def time_remaining(self) -> float | None:
         return None
 
