@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from hma_serve import kvblock
 from hma_serve.cli.kv_capture import MAX_PROBLEMS, read_capture
+from hma_serve.cli.kv_vectors import verify_vectors
 from hma_serve.kvblock.errors import MalformedFrame
 from hma_serve.v1.decode_pb2 import KvOffer
 from hma_serve.v1.kv_block_pb2 import KvManifest, KvSupport
@@ -40,7 +44,9 @@ PLANS = [small_plan(name) for name in ("tt_bfp8_b", "fp8_e4m3fn.tensor", "bf16")
 ACCEPTS = kvblock.Acceptance(
     FINGERPRINT, LAYERS, HEADS, HEAD_DIM, (kvblock.codec("tt_bfp8_b"), kvblock.codec("bf16")), ROPE, qk_norm=True
 )
-SUPPORT = kvblock.describe_support(ACCEPTS.semantics, k_codecs=ACCEPTS.codecs, v_codecs=ACCEPTS.codecs)
+SUPPORT = kvblock.describe_support(
+    ACCEPTS.semantics, k_codecs=ACCEPTS.codecs, v_codecs=ACCEPTS.codecs, rope_pairings=[ROPE.pairing]
+)
 
 
 def frame(data: bytes) -> None:
@@ -118,6 +124,25 @@ def capture(data: bytes) -> None:
     assert len(read_capture(data).problems) <= MAX_PROBLEMS + 1
 
 
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """What the indices may name: values and a payload of 32 tokens; gone with the process."""
+    made = tempfile.TemporaryDirectory(prefix="hma-serve-fuzz-")
+    values = np.arange(32, dtype="<f4")
+    (Path(made.name) / "v").write_bytes(values.tobytes())
+    (Path(made.name) / "p").write_bytes(kvblock.codec("bf16").encode(values.reshape(1, 32, 1)).tobytes())
+    return made
+
+
+def index(data: bytes) -> None:
+    """The conformance kit's reader of `vectors.json`, which raises nothing at all and says only what can be printed."""
+    path = Path(_folder().name) / "vectors.json"
+    path.write_bytes(data)
+    problems, checked = verify_vectors(path)
+    assert problems or checked
+    assert "".join(problems).isprintable()
+
+
 def _payload(codec: Codec) -> Target:
     def read(data: bytes) -> None:
         codec.check_payload(data, 1, 32, 32)
@@ -134,6 +159,7 @@ TARGETS: dict[str, Target] = {
     "support": support,
     "offset_table": offset_table,
     "capture": capture,
+    "index": index,
     **{f"payload {name}": _payload(kvblock.codec(name)) for name in kvblock.codec_names()},
 }
 
@@ -147,6 +173,11 @@ def seeds(name: str) -> list[bytes]:
         return [codec.encode(values).tobytes(), bytes(codec.group_bytes(32))]
     if name == "capture":
         return captures
+    if name == "index":
+        entry = {"codec": "bf16", "heads": 1, "tokens": 32, "head_dim": 1, "payload": "p"}
+        return [
+            json.dumps({"values": "v", "vectors": [entry | {"codec": codec}]}).encode() for codec in ("bf16", "f32")
+        ]
     if name in ("frame", "block"):
         return [path.read_bytes() for path in sorted((GOLDEN / "kvblock").glob("frame_*.bin"))] + _frames(captures)
     if name == "manifest":

@@ -53,7 +53,7 @@ def test_a_refusal_takes_little_memory(path: Path) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutated_inputs_are_refused_or_right(name: str) -> None:
     outcomes = fuzz(name, 400 if name.startswith("payload") else 3000, seed=1)
-    assert len(outcomes) > 1 or name == "capture"
+    assert len(outcomes) > 1 or name in ("capture", "index")
 
 
 def test_the_fuzzer_runs_with_its_memory_capped() -> None:

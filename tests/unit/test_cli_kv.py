@@ -20,6 +20,7 @@ from hma_serve.cli import kv
 from hma_serve.cli.kv_capture import MAX_PROBLEMS
 from hma_serve.cli.kv_vectors import golden_values
 from hma_serve.v1.kv_transfer_pb2 import PushOpen
+from support import plain_producer
 from support.kv_streams import GOLDEN
 
 VECTORS = GOLDEN / "kv_vectors"
@@ -186,6 +187,19 @@ def test_verify_judges_a_producers_payloads(
     wrong = [line for line in out.decode().splitlines() if "payloads/" in line]
     assert len(wrong) == 1
     assert wrong[0].startswith(f"payloads/tt_bfp8_b.nearest_even.bin: {said}")
+
+
+def test_a_producer_that_was_written_from_the_document_alone_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = Path(plain_producer.__file__)
+    imported = re.findall(r"^(?:from|import) (\w+)", program.read_text(), re.MULTILINE)
+    assert set(imported) <= sys.stdlib_module_names
+    subprocess.run([sys.executable, "-I", "-S", str(program), str(tmp_path)], check=True)
+    status, out = run(monkeypatch, ["verify", str(tmp_path)])
+    assert status == 0, out
+    assert out.decode().count(": right: 6 frames, 4 blocks") == 2
+    assert "2 payloads, 0 wrong" in out.decode()
 
 
 def test_another_rounding_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

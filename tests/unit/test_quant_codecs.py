@@ -82,6 +82,53 @@ def test_every_codec_equals_the_formats(name: str, kind: str) -> None:
     assert torch.equal(codec.decode(packed, torch.bfloat16), torch.from_numpy(decoded).bfloat16())
 
 
+def drawn_payload(name: str, seed: int) -> np.ndarray:
+    """Units of 3 heads, 64 tokens and 96 channels with any codes that may travel, also those that no encoder writes."""
+    rng, codec = np.random.default_rng(seed), kvblock.codec(name)
+    units = rng.integers(0, 256, (3, 2, codec.group_bytes(96)), dtype=np.uint8)
+    if name in ("f32", "bf16"):
+        words = units.view("<u4" if name == "f32" else "<u2")
+        exponents = words.dtype.type(0x7F800000 if name == "f32" else 0x7F80)
+        words[words & exponents == exponents] = 0
+        return units
+    if name.startswith("tt_"):
+        tiles = units.reshape(6, 3, -1)
+        tiles[..., :64][tiles[..., :64] == 255] = 0
+        bits, elements = int(name[6]), tiles[..., 64:]
+        for shift in range(0, 8, bits):  # a sign without magnitude
+            code = elements >> shift & ((1 << bits) - 1)
+            elements[code == 1 << (bits - 1)] ^= np.uint8(1 << (shift + bits - 1))
+        return units
+    if "fp8" in name:
+        elements = units[..., : 32 * 96]
+        elements[...] = np.where((elements & 0x7F >= 0x78) | (elements == 0x80), 0x35, elements)
+    if name.startswith("mx"):
+        units[..., -96:] = rng.integers(0, 247, units[..., -96:].shape)
+        return units
+    if name.startswith("int4"):
+        halves = units[..., -4 * 96 :].view("<f2")
+        halves[...] = rng.standard_normal(halves.shape) * 2.0 ** rng.integers(-20, 10, halves.shape)
+        halves[..., :96] = np.abs(halves[..., :96])
+        return units
+    if name == "nvfp4":
+        units[..., 16 * 96 : -4] = rng.integers(0, 0x7F, units[..., 16 * 96 : -4].shape)
+    scales = units[..., -(4 if "." in name or name == "nvfp4" else 128) :].view("<f4")
+    scales[...] = 2.0 ** rng.uniform(-100, 100, scales.shape)
+    return units
+
+
+@pytest.mark.parametrize("name", quant.codec_names())
+def test_codes_that_no_encoder_writes_are_read_alike(name: str) -> None:
+    reference, codec = kvblock.codec(name), quant.codec(name)
+    for seed in range(5):
+        units = drawn_payload(name, seed)
+        reference.check_payload(units, 3, 64, 96)
+        decoded = reference.decode(units, 3, 64, 96)
+        assert np.isfinite(decoded).all()
+        _same_bits(codec.decode(torch.from_numpy(units)).numpy(), decoded)
+        assert torch.equal(codec.decode(torch.from_numpy(units), torch.bfloat16), torch.from_numpy(decoded).bfloat16())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "rounding", "wire_rounding"),
