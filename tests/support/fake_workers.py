@@ -256,7 +256,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
 
 
 class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
-    """Answers with the prompt's tokens, over and over.
+    """Answers with the prompt's tokens, over and over, behind those that were emitted before.
 
     Attributes:
         refusals: Raised one after the other instead of giving a ticket.
@@ -265,6 +265,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         silent: Never give a ticket.
         fail_after: Raise `failure` when so many tokens have been sent.
         failure: What to raise then.
+        break_after: End once as if the connection had when so many tokens have been sent.
+        lose_the_end: End as if the connection had when all tokens have been sent.
         stall_after: Send nothing more when so many tokens have been sent.
         eos_after: End by itself after so many tokens.
         per_message: Tokens in one message.
@@ -283,6 +285,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
         self.silent = False
         self.fail_after: int | None = None
         self.failure: HmaError = NotFound("unset")
+        self.break_after: int | None = None
+        self.lose_the_end = False
         self.stall_after: int | None = None
         self.eos_after: int | None = None
         self.per_message = 1
@@ -346,19 +350,22 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
                 if request.packed_tokens > self.present_tokens:
                     await self._arrived[nonce].wait()
                 yield decode_pb2.DecodeGenerateResponse(started=decode_pb2.DecodeStarted())
-                async for response in self._tokens(request):
+                async for response in self._tokens(request, context):
                     yield response
             finally:
                 del self._arrived[nonce]
 
     async def _tokens(
-        self, request: decode_pb2.DecodeGenerateRequest
+        self, request: decode_pb2.DecodeGenerateRequest, context: Any
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
         prompt = request.prompt_token_ids
         limit = request.stop.max_tokens
         end = limit if self.eos_after is None or request.stop.ignore_eos else min(limit, self.eos_after)
-        for start in range(0, end, self.per_message):
+        for start in range(len(request.emitted_token_ids), end, self.per_message):
             await self.gate.wait()
+            if self.break_after is not None and start >= self.break_after:
+                self.break_after = None
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
             if self.fail_after is not None and start >= self.fail_after:
                 raise self.failure
             if self.stall_after is not None and start >= self.stall_after:
@@ -369,6 +376,8 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
                 chosen = [common_pb2.TokenLogprob(token_id=token, logprob=-0.5) for token in ids]
                 tokens.logprobs.extend(common_pb2.TokenLogprobs(chosen=one, top=[one]) for one in chosen)
             yield decode_pb2.DecodeGenerateResponse(tokens=tokens)
+        if self.lose_the_end:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
         finished = decode_pb2.DecodeFinished(reason=common_pb2.FINISH_REASON_LENGTH)
         if end < limit:
             finished.reason = common_pb2.FINISH_REASON_STOP

@@ -13,7 +13,7 @@ import pytest
 
 from hma_serve.core.errors import ContextLengthExceeded, DeadlineExceeded, Unavailable
 from hma_serve.core.worker import WorkerRole
-from hma_serve.router.admission import Admission, Held, QueueFull, Shed, WaitedTooLong
+from hma_serve.router.admission import Admission, Claim, Held, QueueFull, Shed, WaitedTooLong, WouldWaitTooLong
 from hma_serve.router.fleet import Fleet, Load, WorkerView
 from hma_serve.router.placement import RECOVERY_SECONDS, Demand, Placement
 from support.fake_workers import WINDOW, fake_worker
@@ -109,7 +109,7 @@ class Room:
 def acquire(
     admission: Admission, demand: Demand = SHORT, *, deadline: float = LATER, priority: int = 0, arrived: float = START
 ) -> asyncio.Task[Held]:
-    return asyncio.create_task(admission.acquire(demand, arrived=arrived, deadline=deadline, priority=priority))
+    return asyncio.create_task(admission.acquire(Claim(demand, arrived, deadline, priority)))
 
 
 async def settle() -> None:
@@ -120,7 +120,7 @@ async def settle() -> None:
 @virtual
 async def test_room_is_given_at_once() -> None:
     admission = Admission(Room(1))
-    held = await admission.acquire(LONG, arrived=START, deadline=LATER)
+    held = await admission.acquire(Claim(LONG, START, LATER))
     assert held.placement.packed_tokens == 96
     assert admission.waiting == 0
 
@@ -145,7 +145,7 @@ async def test_the_earliest_deadline_goes_first_and_priority_before_that() -> No
     order: list[str] = []
 
     async def queued(name: str, deadline: float, priority: int) -> None:
-        held = await admission.acquire(SHORT, arrived=START, deadline=deadline, priority=priority)
+        held = await admission.acquire(Claim(SHORT, START, deadline, priority))
         order.append(name)
         held.release()
 
@@ -308,3 +308,103 @@ async def test_closing_stops_listening() -> None:
     admission = Admission(room)
     admission.close()
     assert room.listeners == []
+
+
+@virtual
+async def test_a_stream_that_goes_on_elsewhere_waits_in_front_even_of_a_full_queue() -> None:
+    admission = Admission(Room(1), max_waiting=1)
+    first = await acquire(admission)
+    waiting = acquire(admission, priority=9)
+    await settle()
+    moving = asyncio.create_task(admission.acquire(Claim(SHORT, START, LATER, resumed=True)))
+    await settle()
+    assert admission.waiting == 2
+    first.release()
+    (await moving).release()
+    (await waiting).release()
+
+
+@virtual
+async def test_tenants_get_equal_work_and_deadlines_decide_within_one() -> None:
+    admission = Admission(Room(1))
+    first = await acquire(admission)
+    order: list[str] = []
+
+    async def queued(tenant: str, deadline: float, tokens: int) -> None:
+        held = await admission.acquire(Claim(Demand(tokens, 10), START, START + deadline, tenant=tenant))
+        order.append(f"{tenant}{deadline:.0f}")
+        held.release()
+
+    greedy = [asyncio.create_task(queued("a", 20 + number, 90)) for number in range(4)]
+    modest = [asyncio.create_task(queued("b", 50 - number, 40)) for number in range(6)]
+    await settle()
+    first.release()
+    await asyncio.gather(*greedy, *modest)
+    assert order == ["a20", "b45", "b46", "a21", "b47", "b48", "a22", "b49", "b50", "a23"]
+
+
+@virtual
+async def test_a_tenant_that_comes_late_starts_level() -> None:
+    room = Room(1)
+    admission = Admission(room)
+    held = await acquire(admission)
+    order: list[str] = []
+
+    async def queued(tenant: str) -> None:
+        seat = await admission.acquire(Claim(SHORT, START, LATER, tenant=tenant))
+        order.append(tenant)
+        if order == ["a", "a"]:
+            tasks.extend(asyncio.create_task(queued("b")) for _ in range(3))
+            await settle()
+        seat.release()
+
+    tasks = [asyncio.create_task(queued("a")) for _ in range(5)]
+    await settle()
+    held.release()
+    await asyncio.gather(*tasks)
+    await asyncio.gather(*tasks)
+    assert order == ["a", "a", "a", "b", "a", "b", "a", "b"]
+
+
+@virtual
+async def test_what_would_wait_too_long_is_told_so_at_once() -> None:
+    loop = asyncio.get_running_loop()
+    room = Room(1)
+    admission = Admission(room, max_wait=30)
+    seat = await acquire(admission)
+    waiters: list[asyncio.Task[Held]] = []
+    for _ in range(10):
+        waiters.append(acquire(admission, arrived=loop.time()))
+    await settle()
+    for waiter in waiters[:9]:
+        await asyncio.sleep(2)
+        seat.release()
+        seat = await waiter
+    waiters += [acquire(admission, arrived=loop.time()) for _ in range(15)]
+    await settle()
+    with pytest.raises(WouldWaitTooLong, match="16 requests are ahead, about 32 s; this one may wait 30 s") as raised:
+        await acquire(admission, arrived=loop.time())
+    assert raised.value.reason == "would_wait_too_long"
+    assert raised.value.retry_after == pytest.approx(2)
+    # Its own deadline may be nearer than the longest wait.
+    with pytest.raises(WouldWaitTooLong):
+        await acquire(admission, deadline=loop.time() + 10, arrived=loop.time())
+    for waiter in waiters[9:]:
+        seat.release()
+        seat = await waiter
+
+
+@virtual
+async def test_a_pace_is_learnt_anew_each_time_that_a_line_forms() -> None:
+    room = Room(1)
+    admission = Admission(room, max_wait=30)
+    for pause in (5.0, 0.1):
+        arrived = asyncio.get_running_loop().time()
+        seat = await acquire(admission, arrived=arrived)
+        waiters = [acquire(admission, arrived=arrived) for _ in range(20)]
+        for waiter in waiters:
+            await asyncio.sleep(pause / 20)
+            seat.release()
+            seat = await waiter
+        seat.release()
+    assert admission.waiting == 0

@@ -24,7 +24,7 @@ from hma_serve.core.errors import (
 )
 from hma_serve.core.request import StopConditions
 from hma_serve.router import attempt
-from hma_serve.router.completion import CompletionRequest, Delta, Event, Started
+from hma_serve.router.completion import CompletionRequest, Started
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
 from hma_serve.router.http.limits import HttpLimits
@@ -32,59 +32,8 @@ from hma_serve.router.pipeline import Pipeline
 from hma_serve.rpc import GrpcServer
 from hma_serve.telemetry.http import serve_app
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
-from support.fake_workers import FakeDecode, FakePrefill, FakeWorker, running_pipeline, until
-
-LONG = tuple(range(100))
-SHORT = (1, 2, 3)
-TOKENS = 5
-
-
-def request(prompt: tuple[int, ...] = LONG, *, max_tokens: int = TOKENS, timeout: float = 20) -> CompletionRequest:
-    return CompletionRequest((prompt,), stop=StopConditions(max_tokens=max_tokens), timeout=timeout)
-
-
-async def tokens(pipeline: Pipeline, wanted: CompletionRequest) -> list[int]:
-    prepared = await pipeline.completions.prepare(wanted)
-    return [token async for event in pipeline.completions.run(prepared) for token in token_ids(event)]
-
-
-def token_ids(event: Event) -> tuple[int, ...]:
-    return event.token_ids if isinstance(event, Delta) else ()
-
-
-def idle(pipeline: Pipeline) -> bool:
-    """Nothing is held, queued or running any more."""
-    fleet = pipeline.keeper.fleet
-    held = sum(view.ours.requests for view in (*fleet.prefills, *fleet.decodes))
-    return held == pipeline.admission.waiting == pipeline.completions.running == 0
-
-
-class Fleet:
-    """Two prefill and two decode workers; the first of each is the one that is chosen first."""
-
-    def __init__(self) -> None:
-        self.prefills = sorted((FakePrefill(), FakePrefill()), key=lambda worker: worker.info.instance)
-        self.decodes = sorted((FakeDecode(), FakeDecode()), key=lambda worker: worker.info.instance)
-
-    @property
-    def workers(self) -> tuple[FakeWorker, ...]:
-        return (*self.prefills, *self.decodes)
-
-    async def until_idle(self) -> None:
-        for worker in self.workers:
-            await worker.until_idle()
-
-    def calls(self) -> list[int]:
-        return [len(worker.calls) for worker in self.workers]
-
-
-@asynccontextmanager
-async def running_fleet() -> AsyncIterator[tuple[Fleet, Pipeline]]:
-    fleet = Fleet()
-    async with running_pipeline(*fleet.workers) as (pipeline, _):
-        yield fleet, pipeline
-        await fleet.until_idle()
-        assert idle(pipeline)
+from support.fake_fleet import LONG, SHORT, TOKENS, request, running_fleet, token_ids, tokens
+from support.fake_workers import FakeDecode, running_pipeline, until
 
 
 async def test_without_trouble_one_attempt_is_made() -> None:
@@ -170,18 +119,6 @@ async def test_a_decode_that_dies_before_the_first_token_is_replaced() -> None:
         assert await task == list(LONG[:TOKENS])
         away = [view.info.instance for view in pipeline.keeper.fleet.decodes if not view.open]
         assert away == [fleet.decodes[0].info.instance]
-
-
-async def test_a_decode_that_fails_after_a_token_ends_the_request() -> None:
-    async with running_fleet() as (fleet, pipeline):
-        fleet.decodes[0].fail_after, fleet.decodes[0].failure = 2, DataLoss("a page was lost")
-        seen: list[int] = []
-        prepared = await pipeline.completions.prepare(request())
-        with pytest.raises(Unavailable, match="a page was lost"):
-            async for event in pipeline.completions.run(prepared):
-                seen += token_ids(event)
-        assert seen == list(LONG[:2])
-        assert fleet.calls()[2:] == [1, 0]
 
 
 @pytest.mark.parametrize("error", [InvalidArgument("bad", field="seed"), Internal("a bug")])
@@ -305,7 +242,8 @@ async def test_an_http_client_that_disconnects_frees_both_workers(stage: str, st
 
 async def test_a_failure_in_mid_stream_is_told_inside_the_stream() -> None:
     async with running_fleet() as (fleet, pipeline):
-        fleet.decodes[0].fail_after, fleet.decodes[0].failure = 1, DataLoss("a page was lost")
+        for decode in fleet.decodes:
+            decode.fail_after, decode.failure = 1, DataLoss("a page was lost")
         runner, address = await serve_app(
             build_app(pipeline.completions, pipeline.not_ready, HttpLimits()), "127.0.0.1:0"
         )

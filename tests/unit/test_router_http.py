@@ -140,7 +140,9 @@ async def test_sampling_parameters_reach_decode(stack: Stack) -> None:
     await stack.complete(prompt="a", temperature=None, top_k=-1, seed=None, stop=None, n=None, stream=None, model=None)
     sampling = stack.decode.calls[1].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)
-    assert not sampling.HasField("seed")
+    # One is drawn, so that the answer can go on on another worker.
+    await stack.complete(prompt="a", temperature=None)
+    assert stack.decode.calls[2].sampling.seed != sampling.seed > 0
 
 
 async def test_logprobs_come_in_openais_shape(stack: Stack) -> None:

@@ -9,7 +9,6 @@ from hma_serve.core.worker import KvCodecId, KvRopePairing, RopeSpec, WorkerRole
 from hma_serve.router.fleet import Fleet, Load, Share, WorkerView
 from hma_serve.router.placement import (
     RECOVERY_SECONDS,
-    STALE_SECONDS,
     Demand,
     Placement,
     Reject,
@@ -17,6 +16,7 @@ from hma_serve.router.placement import (
     compatible,
     place,
 )
+from hma_serve.router.prediction import STALE_SECONDS
 from support.fake_workers import WINDOW, fake_worker
 
 NOW = 1000.0

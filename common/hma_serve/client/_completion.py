@@ -70,11 +70,13 @@ class Usage:
         prompt_tokens: Tokens of the prompt, counted once.
         completion_tokens: Tokens generated, over all completions.
         cached_tokens: Prompt tokens whose computation a prefix cache saved.
+        migrations: Times that a completion went on on another decode worker because its own was lost.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    migrations: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -193,6 +195,7 @@ class Transcript:
             prompt_tokens=ended[0].prompt_tokens,
             completion_tokens=sum(usage.completion_tokens for usage in ended),
             cached_tokens=ended[0].cached_tokens,
+            migrations=sum(usage.migrations for usage in ended),
         )
 
     def receive(self, response: inference_pb2.GenerateResponse) -> Delta | None:

@@ -96,7 +96,7 @@ class TransferCost:
     bytes_per_token: int = 0
     bytes_per_second: float = 0.0
     handoff: float = 0.0
-    layers: int = 1
+    layers: int = 0
 
     def exposed(self, tokens: int, compute_seconds: float) -> float:
         """Seconds of a transfer that a computation of so many seconds does not hide."""

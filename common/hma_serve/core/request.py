@@ -309,6 +309,10 @@ class Slo:
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InvalidArgument(f"the {name} objective must be a positive number of seconds", field=f"slo.{name}")
 
+    def or_else(self, other: Slo) -> Slo:
+        """With the other's objectives where there is none."""
+        return Slo(other.ttft if self.ttft is None else self.ttft, other.tpot if self.tpot is None else self.tpot)
+
     @classmethod
     def from_proto(cls, message: common_pb2.Slo) -> Slo:
         """Reads and validates the wire form; raises InvalidArgument."""

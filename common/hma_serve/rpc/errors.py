@@ -25,6 +25,8 @@ from hma_serve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
 
+_STATUS_DETAILS = "grpc-status-details-bin"
+
 # Statuses that arrive without our detail (from gRPC itself) become the error with the same status.
 _BY_STATUS: dict[str, type[HmaError]] = {}
 for _kind in ERRORS.values():
@@ -58,6 +60,13 @@ def from_rpc_error(error: grpc.RpcError) -> HmaError:
             return from_error_detail(found)
     kind = _BY_STATUS.get(error.code().name, Internal)
     return kind(error.details() or error.code().name)
+
+
+def is_transport_failure(error: grpc.RpcError) -> bool:
+    """Whether gRPC itself could not reach the peer; errors that a peer of ours raises carry details."""
+    if not isinstance(error, grpc.aio.AioRpcError) or error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    return all(key != _STATUS_DETAILS for key, _ in error.trailing_metadata())
 
 
 def _details(error: grpc.aio.AioRpcError) -> list[AnyMessage]:

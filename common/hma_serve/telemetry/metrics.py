@@ -18,6 +18,7 @@ REGISTRY = CollectorRegistry(auto_describe=True)
 
 _REQUEST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 3, 5, 10, 30, 60)
+_RATIO_BUCKETS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
 
@@ -34,7 +35,11 @@ class RouterMetrics:
     generated_tokens: Counter
     shed: Counter
     retries: Counter
+    migrations: Counter
     local_prefills: Counter
+    slo: Counter
+    predicted_seconds: Histogram
+    prediction_ratio: Histogram
     running: Gauge
     waiting: Gauge
     workers: Gauge
@@ -51,8 +56,8 @@ def router_metrics(registry: CollectorRegistry = REGISTRY) -> RouterMetrics:
     def gauge(name: str, text: str, *labels: str) -> Gauge:
         return Gauge(name, text, labels, registry=registry)
 
-    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"hma_router_{name}", text, registry=registry, buckets=buckets)
+    def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"hma_router_{name}", text, labels, registry=registry, buckets=buckets)
 
     return RouterMetrics(
         requests=counter("requests_total", "Requests ended, by outcome: ok or the error's code.", "outcome"),
@@ -68,8 +73,28 @@ def router_metrics(registry: CollectorRegistry = REGISTRY) -> RouterMetrics:
         generated_tokens=counter("generated_tokens_total", "Tokens relayed to clients."),
         shed=counter("shed_total", "Requests refused because of overload, by reason.", "reason"),
         retries=counter("retries_total", "Attempts repeated on another pair, by the leg that failed.", "leg"),
+        migrations=counter(
+            "migrations_total", "Completions that went on on another decode worker after their first token."
+        ),
         local_prefills=counter(
-            "local_prefills_total", "Long prompts that decode computed itself, for want of a prefill worker."
+            "local_prefills_total",
+            "Prompts of more than one group of tokens that decode computed itself: shorter than the crossover, or for "
+            "want of a prefill worker.",
+        ),
+        slo=counter(
+            "slo_total",
+            "Completions by objective (ttft, tpot; all: each one that was asked for) and outcome (attained, missed).",
+            "objective",
+            "outcome",
+        ),
+        predicted_seconds=histogram(
+            "predicted_seconds", "What placement predicted, by objective (ttft, tpot).", _TTFT_BUCKETS, "objective"
+        ),
+        prediction_ratio=histogram(
+            "prediction_ratio",
+            "What it took over what placement predicted, by objective (ttft, tpot); 1 is exact.",
+            _RATIO_BUCKETS,
+            "objective",
         ),
         running=gauge("hma_router_running_requests", "Requests accepted and not ended, the waiting ones included."),
         waiting=gauge("hma_router_waiting_requests", "Completions that wait for a pair of workers."),

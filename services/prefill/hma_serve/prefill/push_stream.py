@@ -17,7 +17,7 @@ import grpc.aio
 
 from hma_serve.core.errors import Cancelled, HmaError, Internal, Unavailable
 from hma_serve.prefill.guard import Guard
-from hma_serve.rpc import from_error_detail, from_rpc_error
+from hma_serve.rpc import from_error_detail, from_rpc_error, is_transport_failure
 from hma_serve.v1 import kv_transfer_pb2 as pb
 
 METHOD = "/hma_serve.v1.KvTransfer/Push"
@@ -183,6 +183,8 @@ class PushStream:
         # A peer that goes away cancels its calls; nobody on our side did.
         if isinstance(error, Cancelled) or error.message == _FAILED_WRITE:
             return self._lost("the stream ended before the KV was committed")
+        if is_transport_failure(exc):
+            return self._lost(error.message)
         return self._named(error)
 
     def _named(self, error: HmaError) -> HmaError:
@@ -191,7 +193,8 @@ class PushStream:
         return type(error)(message, field=error.field, retry_after=error.retry_after)
 
     def _lost(self, what: str) -> HmaError:
-        return Unavailable(f"decode at {self._address}: {what}")
+        # The field tells the router which of the two workers it should look after.
+        return Unavailable(f"decode at {self._address}: {what}", field="decode_address")
 
     def _broken(self, what: str) -> HmaError:
         return Internal(f"decode at {self._address} broke the transfer protocol: {what}")

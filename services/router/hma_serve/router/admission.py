@@ -1,12 +1,13 @@
-"""Where requests wait: a bounded queue in front of the fleet, earliest deadline first.
+"""Where requests wait: a bounded queue in front of the fleet.
 
 A request that can be placed now never waits. One that cannot is queued until the fleet has room, and is shed when the
-queue is full or its time is up (overload: RESOURCE_EXHAUSTED, come back later) or when no worker that is alive could
-serve it (UNAVAILABLE). The queue is looked at after every change of the fleet and at no other time, so nothing polls.
+queue is full, when it would certainly wait for longer than it may at the pace at which the queue moves, or when its
+time is up (overload: RESOURCE_EXHAUSTED, come back later), or when no worker that is alive could serve it
+(UNAVAILABLE). The queue is looked at after every change of the fleet and at no other time, so nothing polls.
 
-Two lines are kept, one for requests that need a prefill worker and one for the others, because a full prefill pool must
-not hold up a prompt that only decode touches. Within a line the order is strict: the first waits for room and nobody
-overtakes it, so long prompts are not starved by short ones.
+Two lines are kept, one for requests that need a prefill worker and one for the others, because a full prefill pool
+must not hold up a prompt that only decode touches. Within a line (`line.py`) the order is strict: the first waits for
+room and nobody overtakes it, so long prompts are not starved by short ones.
 
 The event loop's clock is the only clock; a loop with virtual time runs the same code.
 """
@@ -15,17 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from hma_serve.core.errors import ContextLengthExceeded, DeadlineExceeded, HmaError, ResourceExhausted, Unavailable
 from hma_serve.router.fleet import Fleet
+from hma_serve.router.line import Line, Waiter
 from hma_serve.router.placement import Demand, Placement, Reject, Why, place
 
 _RETRY_WHEN_FULL = 1.0
 _RETRY_WHEN_NOBODY = 2.0
+_LONGEST_RETRY = 60.0
+
+# Admissions after which a line's pace is believed, and how fast it follows.
+_PACE_KNOWN_AFTER = 8
+_PACE_SMOOTHING = 0.2
 
 
 class Shed(ResourceExhausted):
@@ -44,6 +50,12 @@ class WaitedTooLong(Shed):
     """No room came up in the longest time a request may wait."""
 
     reason = "waited_too_long"
+
+
+class WouldWaitTooLong(Shed):
+    """At the pace at which the queue moves its turn would come after the longest time that it may wait."""
+
+    reason = "would_wait_too_long"
 
 
 class Held(Protocol):
@@ -78,15 +90,63 @@ class Capacity(Protocol):
         ...
 
 
-@dataclass(order=True, slots=True)
-class _Waiter:
-    """A queued request; ordered by priority, then by when it must be placed, then by arrival."""
+Policy = Callable[[Demand, Fleet, float], Placement | Reject]
+"""Decides where a request runs, given the fleet and the time: `place` with the router's settings."""
 
-    negative_priority: int
-    due: float
-    arrival: int
-    demand: Demand = field(compare=False)
-    admitted: asyncio.Future[Held] = field(compare=False)
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a request says when it asks for its turn.
+
+    Attributes:
+        demand: What it needs.
+        arrived: When it came to the router, seconds of the loop's clock; a retry keeps its first arrival.
+        deadline: When it is to be given up, same clock.
+        priority: Higher goes first.
+        tenant: Whose it is; room is shared fairly between tenants.
+        resumed: Its client has tokens already: it goes before all others and is not shed because the queue is full.
+    """
+
+    demand: Demand
+    arrived: float
+    deadline: float
+    priority: int = 0
+    tenant: str = ""
+    resumed: bool = False
+
+
+class _Queue:
+    """One line and its pace."""
+
+    def __init__(self) -> None:
+        self.line: Line[_Turn] = Line()
+        self._interval = 0.0
+        self._admitted = 0
+        self._last: float | None = None
+
+    def admitted(self, now: float) -> None:
+        """Its first got room. A pace is learnt anew each time that a line forms: the fleet may be another by then."""
+        if not len(self.line):
+            self._admitted, self._interval, self._last = 0, 0.0, None
+            return
+        if self._last is not None:
+            self._admitted += 1
+            took = now - self._last
+            self._interval += (took - self._interval) * (_PACE_SMOOTHING if self._admitted > 1 else 1.0)
+        self._last = now
+
+    @property
+    def wait(self) -> float:
+        """Seconds until the turn of one that came now; 0 while the pace is not known."""
+        return len(self.line) * self._interval if self._admitted >= _PACE_KNOWN_AFTER else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What a waiter carries: its request, and where its room is put."""
+
+    demand: Demand
+    room: asyncio.Future[Held]
 
 
 class Admission:
@@ -94,114 +154,131 @@ class Admission:
 
     Args:
         capacity: Where requests are placed.
+        policy: Decides where.
         max_waiting: Requests that may wait at the same time.
         max_wait: Seconds that one request may wait.
-        local_prefill: As in `place`.
     """
 
     def __init__(
-        self, capacity: Capacity, *, max_waiting: int = 1024, max_wait: float = 60.0, local_prefill: bool = True
+        self, capacity: Capacity, *, policy: Policy = place, max_waiting: int = 1024, max_wait: float = 60.0
     ) -> None:
         self._capacity = capacity
+        self._policy = policy
         self._max_waiting = max_waiting
         self._max_wait = max_wait
-        self._local_prefill = local_prefill
-        self._pairs: list[_Waiter] = []
-        self._decode_only: list[_Waiter] = []
+        self._pairs = _Queue()
+        self._decode_only = _Queue()
         self._arrivals = itertools.count()
         self._unsubscribe = capacity.subscribe(self._on_change)
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._pairs) + len(self._decode_only)
+        return len(self._pairs.line) + len(self._decode_only.line)
 
     def close(self) -> None:
         """Stops listening to the fleet; call when nothing waits any more."""
         self._unsubscribe()
 
-    async def acquire(self, demand: Demand, *, arrived: float, deadline: float, priority: int = 0) -> Held:
+    async def acquire(self, claim: Claim) -> Held:
         """Waits for room on a pair of workers; the caller must release what it gets.
 
-        Args:
-            demand: The request.
-            arrived: When it came to the router, seconds of the loop's clock; a retry keeps its first arrival.
-            deadline: When it is to be given up, same clock.
-            priority: Higher goes first.
-
         Raises:
-            ResourceExhausted: The queue is full, or the request waited too long; `Shed` has the reason.
+            ResourceExhausted: The queue is full, or the request waits too long; `Shed` has the reason.
             Unavailable: No worker that is alive could serve it.
             ContextLengthExceeded: No worker's window is large enough.
             DeadlineExceeded: The deadline came first.
         """
-        due = min(deadline, arrived + self._max_wait)
-        if asyncio.get_running_loop().time() >= due:
-            raise self._too_late(deadline <= due)
-        line = self._pairs if demand.packed_tokens else self._decode_only
+        due = min(claim.deadline, claim.arrived + self._max_wait)
+        now = asyncio.get_running_loop().time()
+        if now >= due:
+            raise self._too_late(claim.deadline <= due)
+        queue = self._pairs if claim.demand.packed_tokens else self._decode_only
         busy = "other requests wait already"
-        if not line:
-            outcome = self._place(demand)
+        if not len(queue.line):
+            outcome = self._place(claim.demand)
             if isinstance(outcome, Placement):
-                return self._capacity.hold(outcome, demand.prompt_tokens)
+                return self._capacity.hold(outcome, claim.demand.prompt_tokens)
             if outcome.why is not Why.BUSY:
                 raise _refusal(outcome)
             busy = outcome.message
-        if self.waiting >= self._max_waiting:
-            raise QueueFull(f"the queue is full ({busy}); try again later", retry_after=_RETRY_WHEN_FULL)
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(-priority, due, next(self._arrivals), demand, loop.create_future())
-        timer = loop.call_at(due, self._give_up, waiter, self._too_late(deadline <= due))
-        return await self._wait(line, waiter, timer)
+        if not claim.resumed:
+            self._shed_early(queue, due - now, busy)
+        return await self._wait(queue, claim, due)
 
-    async def _wait(self, line: list[_Waiter], waiter: _Waiter, timer: asyncio.TimerHandle) -> Held:
-        insort(line, waiter)
+    def _shed_early(self, queue: _Queue, patience: float, busy: str) -> None:
+        """Says now what waiting would only say later."""
+        if self.waiting >= self._max_waiting:
+            retry = min(max(queue.wait, _RETRY_WHEN_FULL), _LONGEST_RETRY)
+            raise QueueFull(f"the queue is full ({busy}); try again later", retry_after=retry)
+        if queue.wait > patience:
+            raise WouldWaitTooLong(
+                f"{len(queue.line)} requests are ahead, about {queue.wait:.0f} s; this one may wait {patience:.0f} s",
+                retry_after=min(max(queue.wait - patience, _RETRY_WHEN_FULL), _LONGEST_RETRY),
+            )
+
+    async def _wait(self, queue: _Queue, claim: Claim, due: float) -> Held:
+        loop = asyncio.get_running_loop()
+        turn = _Turn(claim.demand, loop.create_future())
+        ttft = claim.demand.slo.ttft
+        waiter = Waiter(
+            rank=(0 if claim.resumed else 1, -claim.priority),
+            urgent_by=due if ttft is None else min(due, claim.arrived + ttft),
+            arrival=next(self._arrivals),
+            tenant=claim.tenant,
+            tokens=claim.demand.total_tokens,
+            payload=turn,
+        )
+        timer = loop.call_at(due, _give_up, turn, self._too_late(claim.deadline <= due))
+        queue.line.add(waiter)
         # It may have become the first in line, and may fit where the one behind it does not.
-        self._serve(line)
+        self._serve(queue)
         try:
-            return await waiter.admitted
+            return await turn.room
         except asyncio.CancelledError:
             # Admission and cancellation can fall into the same turn of the loop.
-            if waiter.admitted.done() and not waiter.admitted.cancelled() and not waiter.admitted.exception():
-                waiter.admitted.result().release()
+            if turn.room.done() and not turn.room.cancelled() and not turn.room.exception():
+                turn.room.result().release()
             raise
         finally:
             timer.cancel()
-            position = bisect_left(line, waiter)
-            if position < len(line) and line[position] is waiter:
-                del line[position]
-                self._serve(line)
+            if queue.line.remove(waiter):
+                self._serve(queue)
 
     def _on_change(self) -> None:
         self._serve(self._pairs)
         self._serve(self._decode_only)
 
-    def _serve(self, line: list[_Waiter]) -> None:
+    def _serve(self, queue: _Queue) -> None:
         """Places waiters in order until the first that has to go on waiting."""
-        while line:
-            waiter = line[0]
-            if not waiter.admitted.done():
-                outcome = self._place(waiter.demand)
-                if isinstance(outcome, Placement):
-                    waiter.admitted.set_result(self._capacity.hold(outcome, waiter.demand.prompt_tokens))
-                elif outcome.why is Why.BUSY:
-                    return
-                else:
-                    waiter.admitted.set_exception(_refusal(outcome))
-            del line[0]
+        while (waiter := queue.line.first()) is not None:
+            turn = waiter.payload
+            if turn.room.done():
+                queue.line.remove(waiter)
+                continue
+            outcome = self._place(turn.demand)
+            if isinstance(outcome, Placement):
+                queue.line.serve(waiter)
+                queue.admitted(asyncio.get_running_loop().time())
+                turn.room.set_result(self._capacity.hold(outcome, turn.demand.prompt_tokens))
+            elif outcome.why is Why.BUSY:
+                return
+            else:
+                queue.line.remove(waiter)
+                turn.room.set_exception(_refusal(outcome))
 
     def _place(self, demand: Demand) -> Placement | Reject:
-        now = asyncio.get_running_loop().time()
-        return place(demand, self._capacity.fleet, now, local_prefill=self._local_prefill)
-
-    def _give_up(self, waiter: _Waiter, error: HmaError) -> None:
-        if not waiter.admitted.done():
-            waiter.admitted.set_exception(error)
+        return self._policy(demand, self._capacity.fleet, asyncio.get_running_loop().time())
 
     def _too_late(self, deadline_passed: bool) -> HmaError:
         if deadline_passed:
             return DeadlineExceeded("the deadline passed while the request waited for a worker")
         return WaitedTooLong(f"no worker had room within {self._max_wait:g} s", retry_after=_RETRY_WHEN_FULL)
+
+
+def _give_up(turn: _Turn, error: HmaError) -> None:
+    if not turn.room.done():
+        turn.room.set_exception(error)
 
 
 def _refusal(reject: Reject) -> HmaError:

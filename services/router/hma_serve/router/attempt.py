@@ -22,7 +22,7 @@ from hma_serve.core.errors import HmaError, Internal, Unavailable
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.core.worker import WorkerInfo
 from hma_serve.router.admission import Held
-from hma_serve.rpc import ChannelCache, deadline_in, from_rpc_error
+from hma_serve.rpc import ChannelCache, deadline_in, from_rpc_error, is_transport_failure
 from hma_serve.telemetry.tracing import Trace
 from hma_serve.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 _ANSWER_TIMEOUT = 30.0
 # Part of a ticket's lease after which it is renewed.
 _RENEW_AT = 0.3
-_STATUS_DETAILS = "grpc-status-details-bin"
+
+DECODE_ADDRESS = "decode_address"
+"""The field that a prefill worker names when it could not reach decode there."""
 
 _DecodeCall = grpc.aio.UnaryStreamCall[decode_pb2.DecodeGenerateRequest, decode_pb2.DecodeGenerateResponse]
 
@@ -60,8 +62,9 @@ class Job:
         client_request_id: For logs and traces.
         slo: Objectives.
         priority: Higher goes first.
+        tenant: Whose it is.
         trace: The request's place in its trace.
-        emitted: Tokens that an earlier attempt has already relayed.
+        emitted: Tokens that earlier attempts have already relayed.
     """
 
     request_id: str
@@ -75,6 +78,7 @@ class Job:
     client_request_id: str = ""
     slo: Slo = field(default_factory=Slo)
     priority: int = 0
+    tenant: str = ""
     trace: Trace = field(default_factory=Trace)
     emitted: tuple[int, ...] = ()
 
@@ -87,14 +91,18 @@ class AttemptFailed(Exception):
         instance: That worker.
         error: What it said.
         unreachable: The connection failed, as opposed to the worker answering with an error.
+        witness: The worker that could not reach `instance`, if it was not this router.
     """
 
-    def __init__(self, leg: Leg, instance: str, error: HmaError, *, unreachable: bool) -> None:
+    def __init__(
+        self, leg: Leg, instance: str, error: HmaError, *, unreachable: bool, witness: str | None = None
+    ) -> None:
         super().__init__(f"{leg} {instance}: {error.message}")
         self.leg = leg
         self.instance = instance
         self.error = error
         self.unreachable = unreachable
+        self.witness = witness
 
 
 class Attempt:
@@ -116,6 +124,11 @@ class Attempt:
         self._started = False
         self._prefill_failure: AttemptFailed | None = None
         self.cached_tokens = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether decode held the whole prompt."""
+        return self._started
 
     async def run(self) -> AsyncGenerator[decode_pb2.DecodeGenerateResponse, None]:
         """Yields what decode says after the ticket: started, tokens, and finished as the last.
@@ -244,6 +257,7 @@ class Attempt:
             model=job.model,
             epoch=self._epoch,
             deadline=deadline_in(self._remaining()),
+            tenant=job.tenant,
             priority=job.priority,
             slo=job.slo.to_proto(),
         )
@@ -279,7 +293,12 @@ class Attempt:
     # Failures.
 
     def _failed(self, leg: Leg, exc: grpc.RpcError) -> AttemptFailed:
-        return AttemptFailed(leg, self._instance(leg), from_rpc_error(exc), unreachable=_is_transport(exc))
+        error = from_rpc_error(exc)
+        if leg is Leg.PREFILL and isinstance(error, Unavailable) and error.field == DECODE_ADDRESS:
+            # Prefill is well; the path from it to decode is not. Decode is checked, and both are avoided.
+            decode, prefill = self._instance(Leg.DECODE), self._instance(Leg.PREFILL)
+            return AttemptFailed(Leg.DECODE, decode, error, unreachable=True, witness=prefill)
+        return AttemptFailed(leg, self._instance(leg), error, unreachable=is_transport_failure(exc))
 
     def _broken(self, leg: Leg, message: str, *, unreachable: bool = False) -> AttemptFailed:
         kind = Unavailable if unreachable else Internal
@@ -301,13 +320,6 @@ def _offer(prefill: WorkerInfo) -> decode_pb2.KvOffer:
         producer_instance=prefill.instance,
         k_offsets=bool(prefill.model.kv_fingerprint),
     )
-
-
-def _is_transport(exc: grpc.RpcError) -> bool:
-    """Whether gRPC itself could not reach the peer; errors that a worker raises carry details."""
-    if not isinstance(exc, grpc.aio.AioRpcError) or exc.code() is not grpc.StatusCode.UNAVAILABLE:
-        return False
-    return all(key != _STATUS_DETAILS for key, _ in exc.trailing_metadata())
 
 
 def _being_cancelled() -> bool:

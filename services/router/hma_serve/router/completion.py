@@ -26,6 +26,7 @@ from hma_serve.router.fleet import Fleet
 from hma_serve.router.generated_text import GeneratedText
 from hma_serve.router.merge import merge
 from hma_serve.router.model import ServedModel
+from hma_serve.router.pace import Pace
 from hma_serve.telemetry.metrics import RouterMetrics
 from hma_serve.telemetry.spans import TOKENIZE
 from hma_serve.telemetry.tracing import Attribute, Trace
@@ -55,6 +56,7 @@ class CompletionRequest:
         n: Completions of each prompt.
         slo: Objectives.
         priority: Higher goes first.
+        tenant: Whose it is, from an identity that somebody has checked; room is shared fairly between tenants.
         client_request_id: For logs and traces only.
         timeout: Seconds the client is willing to wait; None: the router's limit.
         trace: The request's place in its trace.
@@ -68,6 +70,7 @@ class CompletionRequest:
     n: int = 1
     slo: Slo = field(default_factory=Slo)
     priority: int = 0
+    tenant: str = ""
     client_request_id: str = ""
     timeout: float | None = None
     trace: Trace = field(default_factory=Trace)
@@ -138,6 +141,7 @@ class Finished:
         stop_match: The stop string, or the id of the stop token, that ended it.
         completion_tokens: Its length.
         cached_tokens: Prompt tokens whose computation a cache saved.
+        migrations: Times that it went on on another decode worker.
     """
 
     index: int
@@ -145,6 +149,7 @@ class Finished:
     stop_match: str | int | None
     completion_tokens: int
     cached_tokens: int
+    migrations: int = 0
 
 
 Event = Started | Delta | Finished
@@ -160,6 +165,7 @@ class Completions:
         fleet: The workers as known now, for the window and the names of the model.
         metrics: The router's.
         request_timeout: Seconds that any request may take.
+        slo: Objectives of requests that bring none.
     """
 
     def __init__(
@@ -171,6 +177,7 @@ class Completions:
         metrics: RouterMetrics,
         *,
         request_timeout: float = 600.0,
+        slo: Slo | None = None,
     ) -> None:
         self.model = model
         self._tokenizing = tokenizing
@@ -178,6 +185,7 @@ class Completions:
         self._fleet = fleet
         self._metrics = metrics
         self._request_timeout = request_timeout
+        self._slo = Slo() if slo is None else slo
         self._running: Counter[asyncio.Task[Any]] = Counter()
         self._draining = False
         self._cutting = False
@@ -271,8 +279,9 @@ class Completions:
             arrived=arrived,
             deadline=arrived + timeout,
             client_request_id=request.client_request_id,
-            slo=request.slo,
+            slo=request.slo.or_else(self._slo),
             priority=request.priority,
+            tenant=request.tenant,
             trace=request.trace,
         )
         jobs = [
@@ -391,11 +400,12 @@ class Completions:
 
     async def _completion(self, index: int, job: Job) -> AsyncGenerator[Event, None]:
         text = GeneratedText(self.model.tokenizer, job.stop)
-        pace = _Pace(self._metrics, job.arrived)
+        pace = Pace(self._metrics, job.slo, job.arrived)
         produced = cached = 0
         async with aclosing(self._dispatcher.run(job)) as steps:
             async for step in steps:
                 if isinstance(step, Placed):
+                    pace.placed(step.placement.prediction)
                     yield Started()
                     continue
                 if isinstance(step, Tokens):
@@ -409,39 +419,19 @@ class Completions:
                     yield Delta(index, piece.text, token_ids[: piece.taken], logprobs[: piece.taken])
                 if piece.matched is not None:
                     pace.finish()
-                    yield Finished(index, common_pb2.FINISH_REASON_STOP, piece.matched, produced, cached)
+                    migrations = step.migrations
+                    yield Finished(index, common_pb2.FINISH_REASON_STOP, piece.matched, produced, cached, migrations)
                     return
                 if isinstance(step, Ended):
                     pace.finish()
-                    yield Finished(index, step.reason, step.stop_token_id, produced, cached)
-
-
-class _Pace:
-    """Times one completion's tokens."""
-
-    def __init__(self, metrics: RouterMetrics, arrived: float) -> None:
-        self._metrics = metrics
-        self._arrived = arrived
-        self._tokens = 0
-        self._first = 0.0
-
-    def note(self, tokens: int) -> None:
-        """More tokens came."""
-        if not self._tokens:
-            self._first = asyncio.get_running_loop().time()
-            self._metrics.time_to_first_token_seconds.observe(self._first - self._arrived)
-        self._tokens += tokens
-        self._metrics.generated_tokens.inc(tokens)
-
-    def finish(self) -> None:
-        """The completion ended."""
-        if self._tokens > 1:
-            span = asyncio.get_running_loop().time() - self._first
-            self._metrics.time_per_output_token_seconds.observe(span / (self._tokens - 1))
+                    yield Finished(index, step.reason, step.stop_token_id, produced, cached, step.migrations)
 
 
 def _sampling_of_copy(sampling: SamplingParams, copy: int) -> SamplingParams:
-    """The n completions of one prompt must differ although they share a seed."""
-    if sampling.seed is None or not copy:
-        return sampling
-    return replace(sampling, seed=(sampling.seed + copy) % (MAX_SEED + 1))
+    """The n completions of one prompt must differ although they share a seed.
+
+    A seed is drawn for a request that brings none: what goes on on another worker then goes on with the same numbers.
+    """
+    if sampling.seed is None:
+        return sampling if sampling.greedy else replace(sampling, seed=secrets.randbits(64))
+    return replace(sampling, seed=(sampling.seed + copy) % (MAX_SEED + 1)) if copy else sampling

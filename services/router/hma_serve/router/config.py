@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.request import Slo
 from hma_serve.rpc import TlsConfig
 from hma_serve.worker import add_tls_argument
 
@@ -32,6 +33,12 @@ class RouterConfig:
         max_body_bytes: Largest HTTP body.
         max_connections: HTTP connections at the same time.
         local_prefill: Let decode compute long prompts while there is no prefill worker.
+        local_prefill_tokens: Longest prompt that decode computes itself while there are prefill workers, where the
+            measured costs say that this gives the first token sooner; 0: none.
+        slo_ttft_ms: Milliseconds to the first token that requests without an objective are placed for; 0: none.
+        slo_tpot_ms: Milliseconds between two tokens, likewise.
+        tenant_header: Header or metadata key in which a gateway that is trusted names the tenant; empty: everyone is
+            one tenant.
         max_channels: Connections to workers that are kept open.
         tls_dir: Certificates for mutual TLS on gRPC and to etcd; None: no encryption.
         drain_grace: Seconds that running requests get after SIGTERM.
@@ -49,6 +56,10 @@ class RouterConfig:
     max_body_bytes: int = 4 << 20
     max_connections: int = 4096
     local_prefill: bool = True
+    local_prefill_tokens: int = 256
+    slo_ttft_ms: float = 2000.0
+    slo_tpot_ms: float = 100.0
+    tenant_header: str = ""
     max_channels: int = 1024
     tls_dir: Path | None = None
     drain_grace: float = 30.0
@@ -79,10 +90,19 @@ class RouterConfig:
         ):
             if not 0 < value < math.inf:
                 raise InvalidArgument(f"{flag} must be a positive number, not {value:g}", field=flag)
-        if not 0 <= self.drain_grace < math.inf:
-            raise InvalidArgument(
-                f"--drain-grace must be 0 or more seconds, not {self.drain_grace:g}", field="--drain-grace"
-            )
+        for flag, value in (
+            ("--drain-grace", self.drain_grace),
+            ("--local-prefill-tokens", self.local_prefill_tokens),
+            ("--slo-ttft-ms", self.slo_ttft_ms),
+            ("--slo-tpot-ms", self.slo_tpot_ms),
+        ):
+            if not 0 <= value < math.inf:
+                raise InvalidArgument(f"{flag} must be 0 or more, not {value:g}", field=flag)
+
+    @property
+    def slo(self) -> Slo:
+        """Objectives of requests that bring none."""
+        return Slo(self.slo_ttft_ms / 1000 or None, self.slo_tpot_ms / 1000 or None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,6 +142,33 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=defaults.local_prefill,
         help="let decode compute long prompts while there is no prefill worker",
+    )
+    queue.add_argument(
+        "--local-prefill-tokens",
+        type=int,
+        default=defaults.local_prefill_tokens,
+        metavar="N",
+        help="let decode compute prompts of up to N tokens where that is faster by the measured costs; 0: never",
+    )
+    queue.add_argument(
+        "--slo-ttft-ms",
+        type=float,
+        default=defaults.slo_ttft_ms,
+        metavar="MS",
+        help="to the first token, for requests that name no objective; 0: none",
+    )
+    queue.add_argument(
+        "--slo-tpot-ms",
+        type=float,
+        default=defaults.slo_tpot_ms,
+        metavar="MS",
+        help="between two tokens, for requests that name no objective; 0: none",
+    )
+    queue.add_argument(
+        "--tenant-header",
+        default=defaults.tenant_header,
+        metavar="NAME",
+        help="header in which a trusted gateway names the tenant, for a fair queue; empty: everyone is one tenant",
     )
     requests = parser.add_argument_group("requests")
     requests.add_argument(

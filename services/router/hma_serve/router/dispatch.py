@@ -1,7 +1,12 @@
-"""Attempts until one succeeds: placed, run, and run again elsewhere while that is invisible to the client.
+"""Attempts until one succeeds: placed, run, and run again elsewhere in a way that the client does not notice.
 
-Another pair is tried only before the first token, at most `max_attempts` times. A worker that refuses because it is
-full counts differently: the request goes back into the queue, in its old place, until its time is up. Every attempt has
+An attempt that fails before the first token is simply made again on another pair. One that fails later is *migrated*:
+the next decode worker gets the prompt's KV again (from the cache of the prefill worker that made it, else computed
+again with the same profile) and the tokens that the client has, which count against the budget; it goes on behind
+them. Random numbers depend on the seed and on the position in the completion alone, so sampled text goes on as well.
+
+At most `max_attempts` pairs may fail a request. A worker that refuses because it is full counts differently: the
+request goes back into the queue, in its old place (a migrated one in front), until its time is up. Every attempt has
 an epoch of its own, so that whatever an older one still sends is refused by the workers.
 """
 
@@ -24,7 +29,7 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.groups import packed_tokens
-from hma_serve.router.admission import Admission
+from hma_serve.router.admission import Admission, Claim
 from hma_serve.router.attempt import Attempt, AttemptFailed, Job
 from hma_serve.router.placement import Demand, Placement
 from hma_serve.rpc import ChannelCache
@@ -53,11 +58,13 @@ class Tokens:
         token_ids: At least one.
         logprobs: As many, if they were asked for.
         cached_tokens: Prompt tokens whose computation a cache saved, as far as is known yet.
+        migrations: Times that the completion went on on another decode worker.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
     cached_tokens: int = 0
+    migrations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +75,13 @@ class Ended:
         reason: Why it ended.
         stop_token_id: The stop token that ended it, if one did.
         cached_tokens: Prompt tokens whose computation a cache saved.
+        migrations: Times that it went on on another decode worker.
     """
 
     reason: common_pb2.FinishReason.ValueType
     stop_token_id: int | None
     cached_tokens: int
+    migrations: int = 0
 
 
 Progress = Placed | Tokens | Ended
@@ -120,45 +129,126 @@ class Dispatcher:
         Raises:
             HmaError: It was shed, or every attempt failed.
         """
-        demand = Demand(len(job.prompt), job.max_tokens, slo=job.slo)
-        failures = epoch = 0
+        course = _Course(job)
         while True:
-            epoch += 1
-            held = await self._admission.acquire(
-                demand, arrived=job.arrived, deadline=job.deadline, priority=job.priority
-            )
-            self._count(job, held.placement, epoch)
-            sent_tokens = False
-            attempt = Attempt(job, held, epoch, self._channels)
+            held = await self._admission.acquire(course.claim())
+            course.begin(held.placement)
+            self._count(course, held.placement)
+            attempt = Attempt(course.job, held, course.epoch, self._channels)
             try:
                 async with aclosing(_progress(attempt, held.placement)) as steps:
                     async for step in steps:
-                        sent_tokens = sent_tokens or isinstance(step, Tokens)
-                        yield step
+                        migrations, seen = course.migrations, course.take(step)
+                        self._metrics.migrations.inc(course.migrations - migrations)
+                        yield seen
                 return
             except AttemptFailed as failed:
-                refused = isinstance(failed.error, ResourceExhausted)
-                failures += not refused
-                self._learn(failed, refused)
-                if sent_tokens or failures >= self._max_attempts or _hopeless(failed, job):
+                if course.complete:
+                    yield course.take(Ended(common_pb2.FINISH_REASON_LENGTH, None, 0))
+                    return
+                self._learn(failed)
+                if course.fail(failed, attempt) >= self._max_attempts or _hopeless(failed, job):
                     raise _final(failed, job) from failed
-                _log.info("trying another pair: %s", failed, extra={"request": job.request_id})
-                self._metrics.retries.labels(failed.leg).inc()
-                demand = replace(demand, avoid=demand.avoid | {failed.instance})
+                self._again(failed, course)
             finally:
                 held.release()
 
-    def _count(self, job: Job, placement: Placement, epoch: int) -> None:
-        if epoch == 1:
-            self._metrics.queue_seconds.observe(asyncio.get_running_loop().time() - job.arrived)
-            if placement.prefill is None and packed_tokens(len(job.prompt)):
+    def _count(self, course: _Course, placement: Placement) -> None:
+        if course.epoch == 1:
+            self._metrics.queue_seconds.observe(asyncio.get_running_loop().time() - course.job.arrived)
+            if placement.prefill is None and packed_tokens(len(course.job.prompt)):
                 self._metrics.local_prefills.inc()
 
-    def _learn(self, failed: AttemptFailed, refused: bool) -> None:
+    def _learn(self, failed: AttemptFailed) -> None:
         if failed.unreachable:
             self._reports.report_failure(failed.instance)
-        elif refused:
+        elif isinstance(failed.error, ResourceExhausted):
             self._reports.report_refusal(failed.instance)
+
+    def _again(self, failed: AttemptFailed, course: _Course) -> None:
+        what = "migrating" if course.emitted else "trying another pair"
+        _log.info("%s: %s", what, failed, extra={"request": course.job.request_id, "emitted": len(course.emitted)})
+        self._metrics.retries.labels(failed.leg).inc()
+
+
+class _Course:
+    """A job over its attempts.
+
+    Args:
+        job: As the client asked for it.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._demand = Demand(len(job.prompt), job.max_tokens, slo=job.slo, arrived=job.arrived)
+        self._waiting_since = job.arrived
+        self._failures = 0
+        self._cached_tokens = 0
+        self._moved = False
+        self._placement: Placement
+        self.epoch = 0
+        self.migrations = 0
+        self.emitted: list[int] = []
+
+    @property
+    def job(self) -> Job:
+        """What is left to do."""
+        return replace(self._job, emitted=tuple(self.emitted)) if self.emitted else self._job
+
+    @property
+    def complete(self) -> bool:
+        """The client has every token that it may get; only the end was not said."""
+        return len(self.emitted) >= self._job.max_tokens
+
+    def claim(self) -> Claim:
+        """For admission."""
+        job = self._job
+        return Claim(
+            self._demand,
+            arrived=self._waiting_since,
+            deadline=job.deadline,
+            priority=job.priority,
+            tenant=job.tenant,
+            resumed=bool(self.emitted),
+        )
+
+    def begin(self, placement: Placement) -> None:
+        """An attempt begins there."""
+        self.epoch += 1
+        self._placement = placement
+
+    def take(self, step: Progress) -> Progress:
+        """A step of the attempt, as the client is to see it."""
+        if isinstance(step, Tokens):
+            if not self.emitted:
+                # What a cache saves a later attempt, it did not save the client.
+                self._cached_tokens = step.cached_tokens
+                self._demand = replace(self._demand, profile=self._placement.profile)
+            elif self._moved:
+                self.migrations += 1
+            self._moved = False
+            self.emitted += step.token_ids
+            return replace(step, cached_tokens=self._cached_tokens, migrations=self.migrations)
+        if isinstance(step, Ended):
+            cached = self._cached_tokens if self.emitted else step.cached_tokens
+            return replace(step, cached_tokens=cached, migrations=self.migrations)
+        return step
+
+    def fail(self, failed: AttemptFailed, attempt: Attempt) -> int:
+        """An attempt failed; returns how many did, refusals apart."""
+        self._failures += not isinstance(failed.error, ResourceExhausted)
+        avoid = self._demand.avoid | {failed.instance} | ({failed.witness} if failed.witness is not None else set())
+        self._demand = replace(self._demand, avoid=avoid)
+        prefill = self._placement.prefill
+        if attempt.started and prefill is not None:
+            cached = {**self._demand.cached, prefill.instance: self._placement.packed_tokens}
+            self._demand = replace(self._demand, cached=cached)
+        if self.emitted and not self._moved:
+            # The first token has come, so what counts from here is the pause.
+            self._waiting_since = asyncio.get_running_loop().time()
+            self._demand = replace(self._demand, arrived=self._waiting_since)
+            self._moved = True
+        return self._failures
 
 
 async def _progress(attempt: Attempt, placement: Placement) -> AsyncGenerator[Progress, None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hma_serve.core.cost_model import StepCost, TransferCost, attended_pairs
 from hma_serve.core.worker import WorkerInfo, WorkerState
 from hma_serve.v1 import worker_pb2
 
@@ -24,8 +25,13 @@ class Load:
         queued_tokens: Prefill: tokens waiting or being computed.
         kv_used_tokens: Decode: tokens of KV held.
         kv_capacity_tokens: Decode: tokens of KV that fit.
+        kv_free_tokens: Decode: tokens of KV that are free.
+        context_tokens: Decode: tokens that a step of the batch reads.
+        queue_seconds: Prefill: until what it holds is computed, as its own model sees it.
         step_seconds: Running mean of a decode step.
         token_seconds: Running mean of a prompt token's computation.
+        cost: What its steps take.
+        transfer: Prefill: what KV takes on its way to decode.
     """
 
     draining: bool = False
@@ -34,8 +40,13 @@ class Load:
     queued_tokens: int = 0
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
+    kv_free_tokens: int = 0
+    context_tokens: int = 0
+    queue_seconds: float = 0.0
     step_seconds: float = 0.0
     token_seconds: float = 0.0
+    cost: StepCost = field(default_factory=StepCost)
+    transfer: TransferCost = field(default_factory=TransferCost)
 
     @classmethod
     def from_proto(cls, message: worker_pb2.WorkerLoad) -> Load:
@@ -47,8 +58,13 @@ class Load:
             queued_tokens=message.queued_tokens,
             kv_used_tokens=message.kv_used_tokens,
             kv_capacity_tokens=message.kv_capacity_tokens,
+            kv_free_tokens=message.kv_free_tokens,
+            context_tokens=message.context_tokens,
+            queue_seconds=message.queue_seconds,
             step_seconds=message.step_seconds,
             token_seconds=message.token_seconds,
+            cost=StepCost.from_proto(message.cost),
+            transfer=TransferCost.from_proto(message.transfer),
         )
 
 
@@ -59,18 +75,25 @@ class Share:
     Attributes:
         requests: How many.
         tokens: Their tokens together: those to compute on prefill, the whole prompt on decode.
+        pairs: Of these tokens and the ones that they attend to.
     """
 
     requests: int = 0
     tokens: int = 0
+    pairs: float = 0.0
 
     def plus(self, tokens: int) -> Share:
         """With one more request."""
-        return Share(self.requests + 1, self.tokens + tokens)
+        return Share(self.requests + 1, self.tokens + tokens, self.pairs + attended_pairs(tokens))
 
     def minus(self, tokens: int) -> Share:
         """With one request fewer."""
-        return Share(self.requests - 1, self.tokens - tokens)
+        return Share(self.requests - 1, self.tokens - tokens, self.pairs - attended_pairs(tokens))
+
+    def part(self, requests: int) -> Share:
+        """So many requests of the mean size."""
+        share = requests / self.requests
+        return Share(requests, round(self.tokens * share), self.pairs * share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +133,24 @@ class WorkerView:
     @property
     def requests(self) -> int:
         """Requests on the worker, by the best knowledge there is."""
-        reported = self.load.running + self.load.waiting if self.load else 0
-        return max(reported + self.unseen.requests, self.ours.requests)
+        return self._reported + self.unreported.requests
+
+    @property
+    def unreported(self) -> Share:
+        """What is on the worker beyond its report: placed since, or placed before and not arrived when it was made."""
+        missing = self.ours.requests - self._reported - self.unseen.requests
+        if missing <= 0:
+            return self.unseen
+        on_its_way = self.ours.part(missing)
+        return Share(
+            self.unseen.requests + missing,
+            self.unseen.tokens + on_its_way.tokens,
+            self.unseen.pairs + on_its_way.pairs,
+        )
+
+    @property
+    def _reported(self) -> int:
+        return self.load.running + self.load.waiting if self.load else 0
 
     @property
     def prefill_tokens(self) -> int:

@@ -151,5 +151,6 @@ def _finished(event: Finished, prepared: Prepared) -> inference_pb2.GenerateResp
             prompt_tokens=prepared.prompt_tokens,
             completion_tokens=event.completion_tokens,
             cached_tokens=event.cached_tokens,
+            migrations=event.migrations,
         ),
     )

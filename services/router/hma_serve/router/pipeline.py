@@ -15,6 +15,7 @@ from hma_serve.router.config import RouterConfig
 from hma_serve.router.dispatch import Dispatcher
 from hma_serve.router.fleet_keeper import FleetKeeper, SnapshotSource
 from hma_serve.router.model import ServedModel
+from hma_serve.router.placement import place
 from hma_serve.router.readiness import Readiness
 from hma_serve.rpc import ChannelCache
 from hma_serve.telemetry.metrics import RouterMetrics
@@ -30,12 +31,14 @@ class Pipeline:
         keeper: The fleet.
         admission: The queue.
         readiness: Judges the fleet.
+        metrics: What is counted.
     """
 
     completions: Completions
     keeper: FleetKeeper
     admission: Admission
     readiness: Readiness
+    metrics: RouterMetrics
 
     def not_ready(self) -> str | None:
         """Why requests cannot be served; None when they can."""
@@ -55,9 +58,9 @@ async def run_pipeline(
         async with FleetKeeper(snapshots, channels, model.served_by) as keeper:
             admission = Admission(
                 keeper,
+                policy=partial(place, local_prefill=config.local_prefill, local_tokens=config.local_prefill_tokens),
                 max_waiting=config.max_waiting,
                 max_wait=config.max_wait,
-                local_prefill=config.local_prefill,
             )
             dispatcher = Dispatcher(admission, keeper, channels, metrics, max_attempts=config.max_attempts)
             completions = Completions(
@@ -67,9 +70,10 @@ async def run_pipeline(
                 lambda: keeper.fleet,
                 metrics,
                 request_timeout=config.request_timeout,
+                slo=config.slo,
             )
             _watch_gauges(metrics, keeper, admission, completions)
-            yield Pipeline(completions, keeper, admission, Readiness(local_prefill=config.local_prefill))
+            yield Pipeline(completions, keeper, admission, Readiness(local_prefill=config.local_prefill), metrics)
             admission.close()
     finally:
         tokenizing.close()

@@ -1,25 +1,57 @@
 """Where a request runs: a pure function of the request, the fleet and the time.
 
-The first policy is the least loaded compatible pair. Nothing here waits, retries or counts; the planner drives the same
-function on a virtual clock.
+Of all pairs with room that can read each other's KV, in this order:
+
+1. those with the fewest reservations: a worker that failed this very request, another profile than the one that its
+   first tokens came from, a worker that has gone quiet;
+2. those predicted to meet the request's objectives, or else to miss them by the least factor;
+3. the cheapest in dollars, what is within 5 % counting as equal;
+4. the one with the most headroom: below its objectives, in slots and in memory; then the one used less.
+
+A prompt that the chosen pair would not answer sooner than decode alone goes to decode alone, if it is short
+(`local_tokens`): the crossover follows from what both measure.
+
+Reports age. Up to `STALE_SECONDS` a queue is taken to shrink as time passes; a worker that is quiet for longer is used
+only when no other will do; one that is away is waited for during `RECOVERY_SECONDS` and then counts as gone.
+
+Nothing here waits, retries or counts; the planner drives the same function on a virtual clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
+from typing import TypeVar
 
 from hma_serve.core.groups import packed_tokens
 from hma_serve.core.request import Slo
 from hma_serve.core.worker import WorkerInfo, WorkerState
 from hma_serve.router.fleet import Fleet, WorkerView
+from hma_serve.router.prediction import (
+    STALE_SECONDS,
+    DecodeOutlook,
+    Prediction,
+    PrefillOutlook,
+    Work,
+    decode_outlooks,
+    prefill_outlooks,
+)
 
 RECOVERY_SECONDS = 5.0
 """A worker that has been away for less is expected back: requests wait for it instead of failing."""
 
-STALE_SECONDS = 3.0
-"""A worker whose last report is older is used only when no other will do."""
+LOCAL = "(decode)"
+"""The profile of a prompt that decode computed itself."""
+
+_EQUAL_PRICE = 1.05
+_EQUAL_MISS = 1.05
+_HEADROOM_STEPS = 20
+# Workers of a role that are looked at as partners, by each of the things that can make one the best.
+_SHORTLIST = 8
+
+_Outlook = TypeVar("_Outlook", PrefillOutlook, DecodeOutlook)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +61,20 @@ class Demand:
     Attributes:
         prompt_tokens: Length of the prompt.
         max_tokens: Length of the completion at most.
-        slo: Objectives; not used by the least-loaded policy.
+        slo: Objectives.
+        arrived: When it came to the router, seconds of the fleet's clock; None: now.
         avoid: Instances that failed this request before; used only when no other will do.
+        profile: What computed its prompt before it had to move, `LOCAL` for decode itself; None: nothing has yet.
+        cached: Prompt tokens that a prefill worker's cache is known to hold, by instance.
     """
 
     prompt_tokens: int
     max_tokens: int
     slo: Slo = field(default_factory=Slo)
+    arrived: float | None = None
     avoid: frozenset[str] = frozenset()
+    profile: str | None = None
+    cached: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def packed_tokens(self) -> int:
@@ -57,11 +95,18 @@ class Placement:
         decode: Samples every token.
         prefill: Computes the packed tokens; None: decode computes the whole prompt itself.
         packed_tokens: Tokens that come from prefill; 0 without one.
+        prediction: What is expected.
     """
 
     decode: WorkerInfo
     prefill: WorkerInfo | None
     packed_tokens: int
+    prediction: Prediction = field(default_factory=Prediction)
+
+    @property
+    def profile(self) -> str:
+        """What computes the prompt."""
+        return LOCAL if self.prefill is None else self.prefill.profile
 
 
 class Why(StrEnum):
@@ -88,14 +133,17 @@ class Reject:
     message: str
 
 
-def place(demand: Demand, fleet: Fleet, now: float, *, local_prefill: bool = True) -> Placement | Reject:
-    """Picks the least loaded compatible pair.
+def place(
+    demand: Demand, fleet: Fleet, now: float, *, local_prefill: bool = True, local_tokens: int = 0
+) -> Placement | Reject:
+    """Picks the best pair; the module says what that is.
 
     Args:
         demand: The request.
         fleet: The workers of the request's model.
         now: Seconds of the clock that the fleet's times use.
         local_prefill: Let decode compute long prompts while there is no prefill worker.
+        local_tokens: Longest prompt that decode may compute itself, if that is faster, while there are prefill workers.
     """
     decodes = [view for view in fleet.decodes if _expected(view, now)]
     if not decodes:
@@ -106,17 +154,25 @@ def place(demand: Demand, fleet: Fleet, now: float, *, local_prefill: bool = Tru
     prefills = _prefills(demand, fleet, decodes, now)
     if not prefills and demand.packed_tokens and not local_prefill:
         return Reject(Why.NOBODY, "no prefill worker that any decode worker is compatible with is available")
-    free = sorted((view for view in decodes if _decode_fits(view, demand)), key=lambda v: _decode_rank(v, demand, now))
+    free = [view for view in decodes if _decode_fits(view, demand)]
     if not free:
         return Reject(Why.BUSY, "every decode worker is full")
-    if not prefills:
-        return Placement(free[0].info, None, 0)
-    for decode in free:
-        partners = [view for view in prefills if compatible(view.info, decode.info) and _prefill_fits(view)]
-        if partners:
-            prefill = min(partners, key=lambda v: _prefill_rank(v, demand, now))
-            return Placement(decode.info, prefill.info, demand.packed_tokens)
-    return Reject(Why.BUSY, "every prefill worker is full")
+    work = Work(demand.prompt_tokens, demand.packed_tokens, demand.max_tokens)
+    hosts = decode_outlooks(free, work)
+    weigh = _Weighing(demand, now)
+    if not prefills or (demand.profile == LOCAL and local_prefill):
+        return _best([weigh.alone(host) for host in hosts], demand.slo).placement
+    makers = prefill_outlooks(filter(_prefill_fits, prefills), work, demand.cached, now)
+    pairs = weigh.pairs(_shortlist(makers, _MAKER_MERITS), _shortlist(hosts, _HOST_MERITS))
+    pairs = pairs or weigh.pairs(makers, hosts)
+    if not pairs:
+        return Reject(Why.BUSY, "every prefill worker is full")
+    best = _best(pairs, demand.slo)
+    if demand.prompt_tokens <= local_tokens and demand.profile is None and best.prediction.measured:
+        alone = _best([weigh.alone(host) for host in hosts], demand.slo)
+        if alone.reservations <= best.reservations and alone.prediction.ttft <= best.prediction.ttft:
+            return alone.placement
+    return best.placement
 
 
 def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
@@ -127,6 +183,9 @@ def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
         and bool(prefill.codecs)
         and all(any(made.decodes_like(read) for read in decode.codecs) for made in prefill.codecs)
     )
+
+
+# Who can serve it. ----------------------------------------------------------------------------------------------------
 
 
 def _prefills(demand: Demand, fleet: Fleet, decodes: Iterable[WorkerView], now: float) -> list[WorkerView]:
@@ -163,18 +222,146 @@ def _prefill_fits(view: WorkerView) -> bool:
     return view.open and not view.refused and view.requests < limits.max_running + limits.max_waiting
 
 
-def _decode_rank(view: WorkerView, demand: Demand, now: float) -> tuple[bool, bool, float, int, str]:
+def _fullness(view: WorkerView) -> float:
+    """Of slots or memory, whichever is scarcer; 1 is full."""
     limits = view.info.limits
     slots = view.requests / max(1, limits.max_running + limits.max_waiting)
-    memory = view.kv_tokens / view.kv_capacity if view.kv_capacity else 0.0
-    return (*_reservations(view, demand, now), max(slots, memory), view.placed, view.info.instance)
+    return max(slots, view.kv_tokens / view.kv_capacity if view.kv_capacity else 0.0)
 
 
-def _prefill_rank(view: WorkerView, demand: Demand, now: float) -> tuple[bool, bool, int, int, int, str]:
-    queue = (view.prefill_tokens, view.requests)
-    return (*_reservations(view, demand, now), *queue, view.placed, view.info.instance)
+# Which of them is best. -----------------------------------------------------------------------------------------------
 
 
-def _reservations(view: WorkerView, demand: Demand, now: float) -> tuple[bool, bool]:
-    """What puts a worker behind every other: it failed this very request, or it has gone quiet."""
-    return view.info.instance in demand.avoid, now - view.load_at > STALE_SECONDS
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One way to serve a request.
+
+    Attributes:
+        placement: The workers, with what is predicted.
+        reservations: What speaks against them whatever is predicted; compared in order.
+        fullness: Of the decode worker.
+        order: Breaks ties: what a cache holds, then load, then use.
+    """
+
+    placement: Placement
+    reservations: tuple[int, ...]
+    fullness: float
+    order: tuple[float, ...]
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.placement.prediction
+
+    def miss(self, slo: Slo) -> float:
+        """The factor by which it exceeds the objectives; at most 1: it meets them."""
+        misses = [took / aim for took, aim in self._measures(slo)]
+        return max(1.0, *misses) if misses else 1.0
+
+    def headroom(self, slo: Slo) -> int:
+        """Room below the objectives and on the decode worker, the scarcest of them, in steps."""
+        room = [1.0 - took / aim for took, aim in self._measures(slo)]
+        return int(min(1.0 - self.fullness, *room) * _HEADROOM_STEPS) if room else 0
+
+    def _measures(self, slo: Slo) -> list[tuple[float, float]]:
+        both = ((self.prediction.ttft, slo.ttft), (self.prediction.tpot, slo.tpot))
+        return [(took, aim) for took, aim in both if aim is not None]
+
+
+class _Weighing:
+    """Makes options of outlooks.
+
+    Args:
+        demand: The request.
+        now: As in `place`.
+    """
+
+    def __init__(self, demand: Demand, now: float) -> None:
+        self._demand = demand
+        self._now = now
+        self._waited = 0.0 if demand.arrived is None else max(0.0, now - demand.arrived)
+
+    def alone(self, host: DecodeOutlook) -> _Option:
+        """Decode computes the whole prompt."""
+        prediction = Prediction(self._waited + host.alone, host.tpot, host.alone_dollars, host.measured)
+        return self._option(host, None, prediction)
+
+    def pairs(self, makers: Sequence[PrefillOutlook], hosts: Sequence[DecodeOutlook]) -> list[_Option]:
+        """Every compatible pair. Workers of one kind are compared once."""
+        kinds: dict[tuple[object, object], bool] = {}
+        options = []
+        for maker in makers:
+            for host in hosts:
+                key = (_kind(maker.view.info), _kind(host.view.info))
+                if key not in kinds:
+                    kinds[key] = compatible(maker.view.info, host.view.info)
+                if kinds[key]:
+                    options.append(self._option(host, maker, self._prediction(maker, host)))
+        return options
+
+    def _prediction(self, maker: PrefillOutlook, host: DecodeOutlook) -> Prediction:
+        ttft = self._waited + maker.seconds + host.first
+        return Prediction(ttft, host.tpot, maker.dollars + host.dollars, maker.measured and host.measured)
+
+    def _option(self, host: DecodeOutlook, maker: PrefillOutlook | None, prediction: Prediction) -> _Option:
+        demand = self._demand
+        used = [host.view] if maker is None else [host.view, maker.view]
+        if maker is None:
+            placement = Placement(host.view.info, None, 0, prediction)
+        else:
+            placement = Placement(host.view.info, maker.view.info, demand.packed_tokens, prediction)
+        reservations = (
+            sum(view.info.instance in demand.avoid for view in used),
+            int(demand.profile not in (None, placement.profile)),
+            sum(self._now - view.load_at > STALE_SECONDS for view in used),
+        )
+        fullness = _fullness(host.view)
+        order = [fullness, float(host.view.placed)]
+        if maker is not None:
+            order.insert(0, -float(demand.cached.get(maker.view.info.instance, 0)))
+            order += [float(maker.view.prefill_tokens), float(maker.view.requests), float(maker.view.placed)]
+        return _Option(placement, reservations, fullness, tuple(order))
+
+
+def _best(options: Sequence[_Option], slo: Slo) -> _Option:
+    """The best of at least one."""
+    least = min(option.reservations for option in options)
+    options = [option for option in options if option.reservations == least]
+    miss = min(option.miss(slo) for option in options) * _EQUAL_MISS if slo != Slo() else 1.0
+    miss = 1.0 if miss <= _EQUAL_MISS else miss
+    options = [option for option in options if option.miss(slo) <= miss]
+    dollars = min(option.prediction.dollars for option in options) * _EQUAL_PRICE
+    options = [option for option in options if option.prediction.dollars <= dollars]
+    return min(options, key=lambda option: (-option.headroom(slo), option.order, _names(option)))
+
+
+def _names(option: _Option) -> tuple[str, str]:
+    prefill = option.placement.prefill
+    return option.placement.decode.instance, prefill.instance if prefill is not None else ""
+
+
+def _kind(info: WorkerInfo) -> object:
+    return info.model.stream_fingerprint, info.model.rope, info.codecs
+
+
+_MAKER_MERITS: tuple[Callable[[PrefillOutlook], float], ...] = (
+    lambda maker: maker.seconds,
+    lambda maker: maker.dollars,
+    lambda maker: maker.view.placed,
+)
+_HOST_MERITS: tuple[Callable[[DecodeOutlook], float], ...] = (
+    lambda host: host.first,
+    lambda host: host.tpot,
+    lambda host: host.dollars,
+    lambda host: _fullness(host.view),
+    lambda host: host.view.placed,
+)
+
+
+def _shortlist(outlooks: Sequence[_Outlook], merits: Sequence[Callable[[_Outlook], float]]) -> Sequence[_Outlook]:
+    """The best by each merit, so that large fleets cost no more than a few hundred pairs; all of a small one."""
+    if len(outlooks) <= _SHORTLIST * len(merits):
+        return outlooks
+    best: dict[str, _Outlook] = {}
+    for merit in merits:
+        best |= {one.view.info.instance: one for one in sorted(outlooks, key=merit)[:_SHORTLIST]}
+    return list(best.values())

@@ -41,6 +41,7 @@ class Answer(ABC):
         self._seen = [False] * len(prepared.jobs)
         self._tokens = [0] * len(prepared.jobs)
         self._cached = 0
+        self._migrations = 0
 
     # Streaming.
 
@@ -55,7 +56,7 @@ class Answer(ABC):
 
     def finish_chunk(self, event: Finished) -> dict[str, Any]:
         """The end of one completion."""
-        self._cached += event.cached_tokens
+        self._end(event)
         return self._chunk(_ended(self._last_choice(event.index), event))
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Answer(ABC):
         for end in sorted(ends, key=lambda event: event.index):
             joined = _joined(end.index, deltas)
             self._count(joined)
-            self._cached += end.cached_tokens
+            self._end(end)
             choices.append(_ended(self._with_ids(self._whole_choice(joined), joined), end))
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -99,15 +100,20 @@ class Answer(ABC):
     def _count(self, event: Delta) -> None:
         self._tokens[event.index] += len(event.token_ids)
 
+    def _end(self, event: Finished) -> None:
+        self._cached += event.cached_tokens
+        self._migrations += event.migrations
+
     def _usage(self) -> dict[str, Any]:
-        """Tokens so far."""
+        """Tokens so far, and how often completions had to move to another decode worker, if any did."""
         prompt, completion = self._prepared.prompt_tokens, sum(self._tokens)
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": self._cached},
         }
+        return usage | {"migrations": self._migrations} if self._migrations else usage
 
     def _with_ids(self, choice: dict[str, Any], event: Delta) -> dict[str, Any]:
         if self._body.return_token_ids:
