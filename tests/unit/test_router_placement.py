@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hma_serve.core.worker import KvCodecId, KvRopePairing, RopeSpec, WorkerRole, WorkerState
+from hma_serve.core.worker import CodecSpec, KvCodecId, KvRopePairing, RopeSpec, WorkerRole, WorkerState
 from hma_serve.router.fleet import Fleet, Load, Share, WorkerView
 from hma_serve.router.placement import (
     RECOVERY_SECONDS,
@@ -114,6 +114,27 @@ def test_k_offsets_must_agree_too() -> None:
     assert not compatible(offset, other)
     assert compatible(offset, replace(other, model=replace(other.model, kv_fingerprint="0f" * 32)))
     assert not compatible(offset, replace(other, model=replace(other.model, kv_fingerprint="1f" * 32)))
+
+
+@pytest.mark.parametrize(
+    ("model", "codecs", "named"),
+    [
+        ({"fingerprint": "0" * 64}, None, "model fingerprint"),
+        ({"kv_fingerprint": "0" * 64}, None, "K offsets"),
+        ({"rope": RopeSpec(KvRopePairing.INTERLEAVED, 1e4)}, None, "RoPE pairing"),
+        ({}, (CodecSpec(KvCodecId.NVFP4),), "codec nvfp4"),
+        ({}, (), "codec"),
+    ],
+)
+def test_a_pair_that_cannot_be_says_what_it_differs_in(
+    model: dict[str, Any], codecs: tuple[CodecSpec, ...] | None, named: str
+) -> None:
+    odd = prefill("odd")
+    info = replace(odd.info, model=replace(odd.info.model, **model))
+    info = info if codecs is None else replace(info, codecs=codecs)
+    outcome = place(LONG, Fleet((replace(odd, info=info),), (decode(),)), NOW, local_prefill=False)
+    assert isinstance(outcome, Reject)
+    assert outcome.message.endswith(f": they differ in their {named}")
 
 
 def test_a_busier_decode_is_taken_when_only_it_has_a_partner() -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import product
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -153,7 +154,9 @@ def place(
         return Reject(Why.TOO_LONG, f"no decode worker takes {demand.total_tokens} tokens (prompt and completion)")
     prefills = _prefills(demand, fleet, decodes, now)
     if not prefills and demand.packed_tokens and not local_prefill:
-        return Reject(Why.NOBODY, "no prefill worker that any decode worker is compatible with is available")
+        there = (view.info for view in fleet.prefills if _expected(view, now))
+        found = a_difference(there, [view.info for view in decodes])
+        return Reject(Why.NOBODY, f"no prefill worker that any decode worker is compatible with is available{found}")
     free = [view for view in decodes if _decode_fits(view, demand)]
     if not free:
         return Reject(Why.BUSY, "every decode worker is full")
@@ -177,12 +180,33 @@ def place(
 
 def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
     """Whether decode can read what prefill packs: same model, K offsets and RoPE, codecs accepted."""
-    return (
-        prefill.model.stream_fingerprint == decode.model.stream_fingerprint
-        and prefill.model.rope == decode.model.rope
-        and bool(prefill.codecs)
-        and all(any(made.decodes_like(read) for read in decode.codecs) for made in prefill.codecs)
-    )
+    return difference(prefill, decode) is None
+
+
+def difference(prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
+    """The first thing that keeps decode from reading what prefill packs; None: nothing does."""
+    made, read = prefill.model, decode.model
+    for name, ours, theirs in (
+        ("model fingerprint", made.fingerprint, read.fingerprint),
+        ("K offsets", made.stream_fingerprint, read.stream_fingerprint),
+        ("RoPE pairing", made.rope.pairing, read.rope.pairing),
+        ("RoPE theta", made.rope.theta, read.rope.theta),
+        ("RoPE scaling", made.rope.scaling_hash, read.rope.scaling_hash),
+    ):
+        if ours != theirs:
+            return name
+    for codec in prefill.codecs:
+        if not any(codec.decodes_like(known) for known in decode.codecs):
+            return f"codec {codec.id.name.lower()}"
+    return None if prefill.codecs else "codec"
+
+
+def a_difference(prefills: Iterable[WorkerInfo], decodes: Iterable[WorkerInfo]) -> str:
+    """For people, where no pair is compatible: what the first one differs in. Empty without a pair."""
+    for prefill, decode in product(prefills, decodes):
+        if found := difference(prefill, decode):
+            return f": they differ in their {found}"
+    return ""
 
 
 # Who can serve it. ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hma_serve.router.fleet import Fleet
-from hma_serve.router.placement import compatible
+from hma_serve.router.placement import a_difference, compatible
 
 SETTLE_SECONDS = 5.0
 """A decode worker alone makes the router ready only after so long: at start, prefill workers may still be loading."""
@@ -32,7 +32,8 @@ class Readiness:
         if any(compatible(prefill, decode) for prefill in prefills for decode in decodes):
             return None
         if not self._local_prefill:
-            return "no prefill worker is reachable that a decode worker is compatible with"
+            found = a_difference(prefills, decodes)
+            return f"no prefill worker is reachable that a decode worker is compatible with{found}"
         if now - self._decode_since < SETTLE_SECONDS:
             return "waiting for a prefill worker before decode workers serve alone"
         return None
