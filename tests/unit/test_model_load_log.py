@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from hma_serve.core.memory_plan import readable_bytes
 from hma_serve.model import LoadLog
-from hma_serve.model.load_log import readable_bytes
 
 
 def lines(caplog: pytest.LogCaptureFixture, calls: list[tuple[float, int]], total: int) -> list[str]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from hma_serve.checkpoint.random_checkpoint import read_random_seed
 from hma_serve.checkpoint.read_config import read_model_config
 from hma_serve.checkpoint.stored_tensors import StoredTensor, read_stored_tensors
 from hma_serve.core.errors import DataLoss
@@ -39,6 +40,10 @@ def fingerprint(directory: Path) -> str:
     """
     config = dataclasses.asdict(read_model_config(directory))
     digest = hashlib.sha256(_record(_SCHEME, config))
+    seed = read_random_seed(directory)
+    if seed is not None:
+        digest.update(_record("random weights", seed))
+        return digest.hexdigest()
     files: dict[Path, BinaryIO] = {}
     try:
         for name, tensor in read_stored_tensors(directory).items():

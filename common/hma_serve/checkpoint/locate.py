@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hma_serve.checkpoint.random_checkpoint import PREFIX, random_checkpoint, random_name
 from hma_serve.core.errors import FailedPrecondition, NotFound
 
 DEMO = "demo"
@@ -22,7 +23,8 @@ def resolve_checkpoint(model: str) -> Path:
     """Finds the checkpoint directory, downloading it if the name is a Hub id that is not cached yet.
 
     Args:
-        model: `demo`, a directory, or a Hub id such as `Qwen/Qwen3-8B`. A directory wins over a Hub id of that name.
+        model: `demo`, a directory, a Hub id such as `Qwen/Qwen3-8B`, or `random:` and a shape. A directory wins over a
+            Hub id of that name.
 
     Returns:
         A directory that contains config.json.
@@ -33,6 +35,8 @@ def resolve_checkpoint(model: str) -> Path:
     """
     if model == DEMO:
         return Path(__file__).parent / DEMO
+    if model.startswith(PREFIX):
+        return random_checkpoint(model.removeprefix(PREFIX))
     directory = Path(model).expanduser()
     if not directory.is_dir():
         if not _HUB_ID.fullmatch(model) or directory.exists():
@@ -41,6 +45,14 @@ def resolve_checkpoint(model: str) -> Path:
     if not (directory / "config.json").is_file():
         raise NotFound(f"{directory} is not a checkpoint: it has no config.json", field=_FLAG)
     return directory
+
+
+def model_name(model: str) -> str:
+    """The name under which a model is served: a directory's last component, otherwise as it was asked for."""
+    if model.startswith(PREFIX):
+        return random_name(model.removeprefix(PREFIX))
+    path = Path(model).expanduser()
+    return path.resolve().name if model != DEMO and path.is_dir() else model
 
 
 def _fetch(hub_id: str) -> Path:

@@ -9,10 +9,10 @@ import logging
 import time
 from collections.abc import Callable
 
+from hma_serve.core.memory_plan import readable_bytes
+
 INTERVAL = 2.0
 """Seconds between two lines, and after which the first comes."""
-
-_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 class LoadLog:
@@ -36,11 +36,3 @@ class LoadLog:
         elif now - self._said >= INTERVAL:
             self._said = now
             self._log.info("loading weights %d %% of %s", 100 * done // total, readable_bytes(total))
-
-
-def readable_bytes(count: int) -> str:
-    """A size for people, in decimal units: 1.2 GB."""
-    for unit, size in _UNITS:
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -7,17 +7,19 @@ data is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hma_serve.checkpoint import StoredTensor, read_stored_tensors
+from hma_serve.checkpoint import StoredTensor, read_random_seed, read_stored_tensors
 from hma_serve.core.errors import DataLoss, FailedPrecondition
 from hma_serve.core.model_config import ModelConfig
+from hma_serve.model.random_weights import RandomSource
 from hma_serve.model.tensors import HEAD, tensor_shapes
 
 Progress = Callable[[int, int], None]
@@ -27,28 +29,36 @@ _FLOATING = ("BF16", "F16", "F32", "F64")
 _NAMED_IN_ERRORS = 5
 
 
+class TensorSource(Protocol):
+    """Where weights come from, one at a time."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on its device and in its dtype; raises DataLoss when its file is damaged."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of files. Tensors already read stay valid."""
+        ...
+
+
 class LazyWeights(Mapping[str, torch.Tensor]):
-    """A checkpoint's tensors by name; each look-up reads the tensor from disk again.
+    """A model's tensors by name; each look-up reads the tensor again.
 
     Use as a context manager, or `close()` it, to let go of the files.
+
+    Args:
+        sizes: Bytes to read for each tensor.
+        source: Reads them.
+        progress: Told what has been read.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, StoredTensor],
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        progress: Progress | None = None,
-    ) -> None:
-        self._tensors = dict(tensors)
-        self._device = device
-        self._dtype = dtype
+    def __init__(self, sizes: Mapping[str, int], source: TensorSource, *, progress: Progress | None = None) -> None:
+        self._sizes = dict(sizes)
+        self._source = source
         self._progress = progress
-        self._files: dict[Path, Any] = {}
         self._read: set[str] = set()
         self._bytes_read = 0
-        self._bytes_total = sum(tensor.nbytes for tensor in self._tensors.values())
+        self._bytes_total = sum(self._sizes.values())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Reads one tensor.
@@ -57,21 +67,16 @@ class LazyWeights(Mapping[str, torch.Tensor]):
             KeyError: The checkpoint has no such tensor, as for any mapping.
             DataLoss: Its file is damaged.
         """
-        stored = self._tensors[name]
-        try:
-            if stored.path not in self._files:
-                self._files[stored.path] = safe_open(stored.path, framework="pt", device=str(self._device))
-            tensor: torch.Tensor = self._files[stored.path].get_tensor(name).to(self._dtype)
-        except (SafetensorError, OSError) as error:
-            raise DataLoss(f"{stored.path}: cannot read {name}: {error}") from error
-        self._report(name, stored.nbytes)
+        size = self._sizes[name]
+        tensor = self._source.read(name)
+        self._report(name, size)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._sizes)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._sizes)
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +88,7 @@ class LazyWeights(Mapping[str, torch.Tensor]):
 
     def close(self) -> None:
         """Lets go of the files. Tensors already read stay valid."""
-        self._files.clear()
+        self._source.close()
 
     def _report(self, name: str, nbytes: int) -> None:
         if name not in self._read:
@@ -91,6 +96,29 @@ class LazyWeights(Mapping[str, torch.Tensor]):
             self._bytes_read += nbytes
             if self._progress is not None:
                 self._progress(self._bytes_read, self._bytes_total)
+
+
+class _StoredSource:
+    """Tensors in safetensors files, which are opened when they are first needed."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], device: torch.device, dtype: torch.dtype) -> None:
+        self._tensors = tensors
+        self._device = device
+        self._dtype = dtype
+        self._files: dict[Path, Any] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        stored = self._tensors[name]
+        try:
+            if stored.path not in self._files:
+                self._files[stored.path] = safe_open(stored.path, framework="pt", device=str(self._device))
+            tensor: torch.Tensor = self._files[stored.path].get_tensor(name).to(self._dtype)
+        except (SafetensorError, OSError) as error:
+            raise DataLoss(f"{stored.path}: cannot read {name}: {error}") from error
+        return tensor
+
+    def close(self) -> None:
+        self._files.clear()
 
 
 def open_weights(
@@ -105,7 +133,7 @@ def open_weights(
     """Checks a checkpoint's tensors against the configuration and opens them for reading.
 
     Args:
-        directory: The checkpoint.
+        directory: The checkpoint, or a shape with random weights.
         config: Its configuration.
         device: Where tensors go; they are read straight to it.
         dtype: What tensors are converted to.
@@ -120,12 +148,15 @@ def open_weights(
         DataLoss: A file is truncated or damaged.
         FailedPrecondition: Tensors are missing, unexpected, misshapen or not floating point.
     """
+    wanted = tensor_shapes(config, with_head=with_head)
+    device, seed = torch.device(device), read_random_seed(directory)
+    if seed is not None:
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in wanted.items()}
+        return LazyWeights(sizes, RandomSource(wanted, config, seed, device, dtype), progress=progress)
     stored = read_stored_tensors(directory)
     _check(directory, stored, config)
-    wanted = tensor_shapes(config, with_head=with_head)
-    return LazyWeights(
-        {name: stored[name] for name in wanted}, device=torch.device(device), dtype=dtype, progress=progress
-    )
+    sizes = {name: stored[name].nbytes for name in wanted}
+    return LazyWeights(sizes, _StoredSource(stored, device, dtype), progress=progress)
 
 
 def _check(directory: Path, stored: Mapping[str, StoredTensor], config: ModelConfig) -> None:

@@ -6,6 +6,7 @@ the order in which a process begins and ends are here, once.
 
 from hma_serve.worker.drain import Drain, DrainResult
 from hma_serve.worker.front import WorkerFront
+from hma_serve.worker.host_memory import available_memory
 from hma_serve.worker.lifecycle import Worker, run_worker
 from hma_serve.worker.load import WatchedLoad
 from hma_serve.worker.place import (
@@ -29,6 +30,7 @@ __all__ = [
     "WorkerServicer",
     "add_place_arguments",
     "add_tls_argument",
+    "available_memory",
     "default_threads",
     "etcd_tls",
     "registry_of",

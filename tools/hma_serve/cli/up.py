@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hma_serve.checkpoint import resolve_checkpoint
+from hma_serve.checkpoint import add_model_arguments, resolve_checkpoint
 from hma_serve.cli.children import Children, describe_end
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from hma_serve.core.worker import WorkerInfo
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hma-serve up", description="Serve a model from a whole cluster on this machine."
     )
-    parser.add_argument("--model", default="demo", help="demo, a checkpoint directory or a Hub id (default: demo)")
+    add_model_arguments(parser)
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
     parser.add_argument(

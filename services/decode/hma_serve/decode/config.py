@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from hma_serve.checkpoint import add_model_arguments
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
+from hma_serve.worker import (
+    PlaceConfig,
+    add_place_arguments,
+    available_memory,
+    default_threads,
+    registry_of,
+    require_at_least,
+)
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -61,17 +69,32 @@ class DecodeConfig(PlaceConfig):
         }
         require_at_least(least | self.least_of_place)
 
+    def memory_plan(self, model: ModelConfig, kv_bytes: int) -> MemoryPlan:
+        """What the model needs of this machine's memory beside so much KV."""
+        itemsize = DTYPE_BYTES[self.dtype]
+        return MemoryPlan(
+            weights=weight_bytes(model, itemsize),
+            kv=kv_bytes,
+            workspace=workspace_bytes(model, itemsize, tokens=self.step_tokens, sampled=self.max_running),
+            available=available_memory(),
+            device="this machine",
+        )
+
     def capacity_tokens(self, model: ModelConfig, max_model_len: int) -> int:
         """Unquantised tokens of KV to make room for.
 
         Raises:
-            InvalidArgument: The longest request would not fit.
+            InvalidArgument: The longest request would not fit what was asked for.
+            FailedPrecondition: The model does not fit the machine.
         """
         if self.kv_capacity_tokens is not None:
             tokens = self.kv_capacity_tokens
         else:
-            budget = min(_KV_BYTES_CAP, available_memory() // _KV_SHARE_OF_MEMORY)
-            tokens = budget // (model.kv_elements_per_token * DTYPE_BYTES[self.dtype])
+            per_token = model.kv_elements_per_token * DTYPE_BYTES[self.dtype]
+            plan = self.memory_plan(model, max_model_len * per_token)
+            plan.check("choose a smaller model or --max-model-len")
+            share = (plan.available - plan.weights - plan.workspace) // _KV_SHARE_OF_MEMORY
+            tokens = max(max_model_len, min(_KV_BYTES_CAP, share) // per_token)
             # More than every running request's whole window is of no use; packed ones may be wider than plain ones.
             tokens = min(tokens, 2 * self.max_running * max_model_len)
         if tokens < max_model_len:
@@ -91,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="demo", metavar="demo|DIR|HUB_ID", help="the checkpoint")
+    add_model_arguments(model)
     model.add_argument("--dtype", default="bfloat16", choices=list(DTYPE_BYTES), help="of weights and computed KV")
     model.add_argument(
         "--k-offsets", type=Path, metavar="FILE", help="what prefill subtracts from keys (`hma-serve kv calibrate`)"
@@ -127,11 +150,3 @@ def config_of(args: argparse.Namespace) -> DecodeConfig:
     """
     values = vars(args) | {"etcd": registry_of(args.etcd)}
     return DecodeConfig(**values)
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, as the kernel estimates them."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

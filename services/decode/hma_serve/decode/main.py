@@ -17,7 +17,7 @@ from functools import partial
 from hma_serve.core.errors import HmaError
 from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.decode.admission import Admission
-from hma_serve.decode.config import DecodeConfig, build_parser, config_of
+from hma_serve.decode.config import DTYPE_BYTES, DecodeConfig, build_parser, config_of
 from hma_serve.decode.engine_client import EngineClient
 from hma_serve.decode.front import DecodeServicer
 from hma_serve.decode.load import Load
@@ -123,11 +123,16 @@ class _Worker:
     ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
         """The engine process and the task that speaks with it; both are over when the context is."""
         config = self._config
+        capacity = config.capacity_tokens(model.config, model.max_model_len)
+        kv_bytes = capacity * model.config.kv_elements_per_token * DTYPE_BYTES[config.dtype]
+        plan = config.memory_plan(model.config, kv_bytes)
+        _log.info("memory: %s", plan)
+        plan.check("choose a smaller model or lower --kv-capacity-tokens")
         flags = {
             "--checkpoint": model.checkpoint,
             "--dtype": config.dtype,
             "--codecs": ",".join(known.name for known in model.codecs),
-            "--kv-capacity-tokens": config.capacity_tokens(model.config, model.max_model_len),
+            "--kv-capacity-tokens": capacity,
             "--kv-lease": config.kv_lease,
             "--max-running": config.max_running,
             "--step-tokens": config.step_tokens,

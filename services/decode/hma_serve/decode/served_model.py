@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.checkpoint import fingerprint, model_name, read_model_config, resolve_checkpoint
 from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
@@ -98,7 +98,7 @@ def read_served_model(model: str, max_model_len: int | None, k_offsets: Path | N
         )
     own = fingerprint(checkpoint)
     return ServedModel(
-        name=_name(model),
+        name=model_name(model),
         checkpoint=checkpoint,
         config=config,
         fingerprint=own,
@@ -106,12 +106,6 @@ def read_served_model(model: str, max_model_len: int | None, k_offsets: Path | N
         max_model_len=max_model_len or longest,
         codecs=tuple(known for known in map(codec, codec_names()) if _fits(known, config.head_dim)),
     )
-
-
-def _name(model: str) -> str:
-    """A directory's last component, otherwise what was asked for."""
-    path = Path(model).expanduser()
-    return path.resolve().name if model != DEMO and path.is_dir() else model
 
 
 def _fits(known: Codec, head_dim: int) -> bool:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from hma_serve.checkpoint import add_model_arguments
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
@@ -79,9 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Computes prompts' KV in low precision and pushes it to decode workers, layer by layer.",
     )
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", default="demo", metavar="demo|DIR|HUB_ID", help="the checkpoint (default: %(default)s)"
-    )
+    add_model_arguments(model)
     model.add_argument(
         "--profile", default="tt_bfp8", metavar="NAME", help="arithmetic and KV codec (default: %(default)s)"
     )

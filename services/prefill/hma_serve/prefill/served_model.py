@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.checkpoint import fingerprint, model_name, read_model_config, resolve_checkpoint
 from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
@@ -111,7 +111,7 @@ def read_served_model(config: PrefillConfig) -> ServedModel:
     own = fingerprint(checkpoint)
     longest = min(config.max_model_len or window, config.kv_capacity_tokens or window, window)
     return ServedModel(
-        name=_name(config.model),
+        name=model_name(config.model),
         checkpoint=checkpoint,
         config=shape,
         profile=profile,
@@ -128,9 +128,3 @@ def software() -> str:
         return f"hma-serve {version('hma-serve')}"
     except PackageNotFoundError:
         return "hma-serve"
-
-
-def _name(model: str) -> str:
-    """A directory's last component, otherwise what was asked for."""
-    path = Path(model).expanduser()
-    return path.resolve().name if model != DEMO and path.is_dir() else model

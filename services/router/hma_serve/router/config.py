@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hma_serve.checkpoint import add_model_arguments
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import Slo
 from hma_serve.rpc import TlsConfig
@@ -115,9 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     defaults = RouterConfig(registry="-")
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", default=defaults.model, metavar="demo|DIR|HUB_ID", help="the checkpoint; weights are not needed here"
-    )
+    add_model_arguments(model, about="the checkpoint; weights are not needed here", default=defaults.model)
     place = parser.add_argument_group("place")
     place.add_argument(
         "--etcd",

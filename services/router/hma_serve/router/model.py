@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hma_serve.checkpoint import DEMO, fingerprint, read_model_config, resolve_checkpoint
+from hma_serve.checkpoint import fingerprint, model_name, read_model_config, resolve_checkpoint
 from hma_serve.core.errors import HmaError
 from hma_serve.core.worker import WorkerInfo
 from hma_serve.text import ChatTemplate, Tokenizer
@@ -63,12 +63,6 @@ def load_model(model: str) -> ServedModel:
         tokenizer=Tokenizer.from_directory(directory),
         chat_template=ChatTemplate.from_directory(directory),
     )
-
-
-def model_name(model: str) -> str:
-    """The name under which a `--model` is served: a directory's last component, otherwise as given."""
-    path = Path(model).expanduser()
-    return path.resolve().name if model != DEMO and path.is_dir() else model
 
 
 def _fingerprint(directory: Path) -> str:
