@@ -22,7 +22,7 @@ PREFIX = "random:"
 
 _SEED_FILE = "random_weights.json"
 _FIELD = "--random-weights"
-_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _DEMO = Path(__file__).parent / "demo"
 
 # hidden, intermediate, layers, query heads, tied head; of Qwen's published configurations.

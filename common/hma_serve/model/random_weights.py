@@ -1,8 +1,8 @@
 """Weights that are a function of a seed, a tensor's name and an element's place, and of nothing else.
 
 The same on every device and in every process, so that a prefill worker on one accelerator and a decode worker on
-another hold the same model without a file between them. Integer arithmetic that wraps is exact everywhere; a framework's
-own generator is not the same on two kinds of device.
+another hold the same model without a file between them. Integer arithmetic that wraps is exact everywhere; torch's own
+generators differ between kinds of device.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from functools import partial
 
 from hma_serve.core.errors import HmaError
 from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
 from hma_serve.ipc import Arena, spawn_engine
@@ -32,12 +33,14 @@ from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import PrefillMetrics, prefill_metrics
 from hma_serve.telemetry.tracing import exporting_traces
 from hma_serve.v1 import kv_block_pb2, prefill_pb2_grpc
-from hma_serve.worker import WorkerFront, run_worker
+from hma_serve.worker import WorkerFront, available_memory, run_worker
 
 __all__ = ["build_parser", "main"]
 
 ENGINE_MODULE = "hma_serve.prefill.engine_main"
 SERVICES = ("hma_serve.v1.Prefill", "hma_serve.v1.Worker")
+
+_COMPUTE_BYTES = {"f32": 4, "bf16": 2}
 
 _log = logging.getLogger(__name__)
 
@@ -156,11 +159,28 @@ def _kv_capacity(config: PrefillConfig, model: ServedModel) -> int:
     return config.kv_capacity_tokens or config.max_running * model.max_tokens
 
 
+def _check_memory(config: PrefillConfig, model: ServedModel) -> None:
+    """Says what the model and one longest prompt need, and refuses what does not fit; other devices than ours know."""
+    if config.device != "cpu":
+        return
+    itemsize = _COMPUTE_BYTES[model.profile.compute]
+    plan = MemoryPlan(
+        weights=weight_bytes(model.config, itemsize, with_head=False),
+        kv=model.layout.layer_bytes(model.max_tokens) * model.config.num_layers,
+        workspace=workspace_bytes(model.config, itemsize, tokens=config.chunk_tokens),
+        available=available_memory(),
+        device="this machine",
+    )
+    _log.info("memory: %s", plan)
+    plan.check("choose a smaller model or --max-model-len")
+
+
 @contextlib.asynccontextmanager
 async def _engine(
     config: PrefillConfig, model: ServedModel, arena: Arena
 ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
     """The engine process and the task that speaks with it; both are over when the context is."""
+    _check_memory(config, model)
     flags: dict[str, object] = {
         "--checkpoint": model.checkpoint,
         "--device": config.device,
