@@ -5,7 +5,7 @@ import pytest
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS, packed_tokens
-from hma_serve.core.request import SamplingParams, Slo, StopConditions
+from hma_serve.core.request import SamplingParams, Slo, StopConditions, Structure, StructureKind
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,9 @@ def test_absent_fields_mean_the_defaults_both_ways() -> None:
 
 def test_every_field_survives_the_wire() -> None:
     values: list[Any] = [
-        SamplingParams(0.5, 0.25, 7, 0.125, 1.5, 0.5, -0.5, {5: -1.5}, 2**64 - 1, 3),
+        SamplingParams(
+            0.5, 0.25, 7, 0.125, 1.5, 0.5, -0.5, {5: -1.5}, 2**64 - 1, 3, Structure(StructureKind.REGEX, ("[a-z]+",))
+        ),
         StopConditions(9, 2, True, (1, 2), ("a", "b"), True),
         Slo(0.5, 0.125),
     ]
