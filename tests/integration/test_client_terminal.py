@@ -61,7 +61,7 @@ def test_complete_passes_its_flags_on_and_prints_json(router: FakeRouter) -> Non
         "token_ids": [0, 1],
         "finish_reason": "length",
         "stop_match": "",
-        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0, "migrations": 0},
     }
     sent = router.service.requests[0]
     assert (sent.sampling.temperature, sent.sampling.top_p, sent.sampling.seed) == (0.5, 0.9, 7)
