@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-chart fuzz lint type verify fix proto bench clean
+.PHONY: help setup up test test-gpu test-chart fuzz lint type verify fix proto bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -39,6 +39,9 @@ up: setup ## Serve the demo model from a whole cluster on this machine; Ctrl-C e
 
 test: setup $(HELM) ## Run the whole test suite
 	$(BIN)/pytest $(ARGS)
+
+test-gpu: setup ## Run the tests that need a CUDA device
+	$(BIN)/pytest -m gpu -n 8 $(ARGS)
 
 test-chart: setup $(HELM) ## Check the Helm chart: lint, render, validate, run its commands
 	$(BIN)/pytest tests/chart $(ARGS)

@@ -1,0 +1,239 @@
+"""`StepRunner` for CUDA devices: a step is one copy to the device and one replay of a captured graph.
+
+A graph is captured per bucket of rows and per mixture of page kinds, when it is first needed; lengths, tables and
+tokens lie in device memory, so it serves any. Every query token is a row of its own with its own length: a prompt's
+last tokens, which see one another through the pages that the step has just written, need no kernel of their own.
+
+The host writes what a step needs into pinned memory, enqueues, and goes on. What was drawn comes back the same way, so
+`drawn` waits for its own step and not for the one that began after it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, StepRows, pages_of
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, PackedKind
+from hma_serve.decode.kernels.page_orders import packed_kind
+from hma_serve.decode.kernels.step_model import StepMemory, StepModel
+from hma_serve.decode.pages import PagePool, Reservation
+from hma_serve.decode.runner import DrawnTokens, Step, to_host
+from hma_serve.decode.sampler import Drawn, Inputs, Occurrences, Rows, sample
+from hma_serve.decode.scheduler import Share
+
+_WARPS_PER_MULTIPROCESSOR = 16
+_LEAST_PAGES = 1
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
+# Steps under way at most: two, and the one being written.
+_STAGES = 3
+_FIELDS = 6
+
+_Kinds = tuple[PackedKind, PackedKind]
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured step.
+
+    Attributes:
+        graph: Replays it.
+        logits: [bucket, vocab], its result.
+        greedy: int64 [bucket], the likeliest tokens.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    greedy: torch.Tensor
+
+
+class GpuStepRunner:
+    """See the module.
+
+    Args:
+        model: On the device.
+        pool: Pages in fragment order (`kernels.page_orders.fragment_orders`), bfloat16, on the same device.
+        step_tokens: Rows of a step at most.
+        sequences: Sequences that run at once at most.
+        max_tokens: Tokens of a sequence at most.
+        materialised: The pool's packed pages are BF16 as well.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        pool: PagePool,
+        *,
+        step_tokens: int,
+        sequences: int,
+        max_tokens: int,
+        materialised: bool = False,
+    ) -> None:
+        if step_tokens > _BUCKETS[-1]:
+            raise InvalidArgument(f"a step of {step_tokens} tokens is more than {_BUCKETS[-1]}", field="--step-tokens")
+        self._model = model
+        self._materialised = materialised
+        self._pool = pool
+        device = model.device
+        self._rows = next(bucket for bucket in _BUCKETS if bucket >= step_tokens)
+        self._inputs = torch.zeros((_FIELDS, self._rows), dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(self._rows, dtype=torch.int64, device=device)
+        self._last = torch.zeros(self._rows, dtype=torch.int64, device=device)
+        self._stages = [torch.zeros((_FIELDS, self._rows), dtype=torch.int32).pin_memory() for _ in range(_STAGES)]
+        self._stage = 0
+        self._slots = _Slots(2 * sequences, pages_of(max_tokens), device)
+        self._memory = pool.memory.view(torch.int32)
+        self._graphs: dict[tuple[int, tuple[_Kinds, ...]], _Graph] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle()
+        self._programs = _WARPS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+    @torch.inference_mode()
+    def begin(self, shares: Sequence[Share]) -> Step:
+        """See `StepRunner`."""
+        kinds = self._kinds(shares)
+        count = sum(share.count for share in shares)
+        bucket = next(bucket for bucket in _BUCKETS if bucket >= count)
+        graph = self._graphs.get((bucket, kinds))
+        if graph is None:
+            graph = self._graphs[bucket, kinds] = self._capture(bucket, kinds)
+        self._inputs.copy_(self._written(shares, kinds, bucket), non_blocking=True)
+        graph.graph.replay()
+        sampling = sum(share.samples for share in shares)
+        return _GpuStep(graph.logits[:sampling], graph.greedy[:sampling], self._last)
+
+    def _written(self, shares: Sequence[Share], kinds: tuple[_Kinds, ...], bucket: int) -> torch.Tensor:
+        """A step's rows in pinned memory: token, slot, packed, length, kind, and the rows that are sampled."""
+        self._stage = (self._stage + 1) % _STAGES
+        stage = self._stages[self._stage]
+        stage[:, :bucket] = 0
+        slots = self._slots.of([share.sequence.pages for share in shares])
+        columns: list[tuple[int, int, int, int, int]] = []
+        chosen = []
+        for share, slot in zip(shares, slots, strict=True):
+            need = share.sequence.pages.need
+            own = self._kind(share)
+            kind, packed = (0, 0) if own is None else (kinds.index(own), need.packed_groups)
+            tokens = share.tokens if share.carried is None else (-1 - share.carried,)
+            columns += [(token, slot, packed, share.start + place + 1, kind) for place, token in enumerate(tokens)]
+            if share.samples:
+                chosen.append(len(columns) - 1)
+        stage[:5, : len(columns)] = torch.tensor(columns, dtype=torch.int32).T
+        stage[5, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        return stage
+
+    def _kind(self, share: Share) -> _Kinds | None:
+        """What a sequence's packed pages hold; None: it has none, or they are plain pages."""
+        need = share.sequence.pages.need
+        if not need.packed_groups or self._materialised:
+            return None
+        k, v = packed_kind(need.k_format), packed_kind(need.v_format)
+        if k is not None and v is not None:
+            return k, v
+        if k is not None or v is not None:
+            raise InvalidArgument(f"keys as {need.k_format} and values as {need.v_format} cannot be read together")
+        return None
+
+    def _kinds(self, shares: Sequence[Share]) -> tuple[_Kinds, ...]:
+        """Those of a step; sequences that have none go with the first."""
+        kinds = {kind for kind in map(self._kind, shares) if kind is not None}
+        in_order = sorted(kinds, key=lambda pair: [(each.elements, each.scales) for each in pair])
+        return tuple(in_order) or ((BLOCK_FLOAT, BLOCK_FLOAT),)
+
+    def _capture(self, bucket: int, kinds: tuple[_Kinds, ...]) -> _Graph:
+        config, device = self._model.config, self._model.device
+        token, slot, packed, length, kind, chosen = self._inputs[:, :bucket]
+        rows = StepRows(slot, packed, length, kind)
+        shape = AttentionShape(
+            bucket, config.num_kv_heads, config.group_size, config.head_dim, self._programs, _LEAST_PAGES
+        )
+        works = [AttentionWork(shape, rows, number, device) for number in range(len(kinds))]
+        pages = [
+            [LayerPages(layer, self._slots.k_table, self._slots.v_table, *pair) for layer in self._memory]
+            for pair in kinds
+        ]
+        memory = StepMemory(token, self._last, self._chosen[:bucket], rows)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            self._chosen[:bucket].copy_(chosen)
+            logits = self._model.run(memory, pages, works)
+            return logits, logits.argmax(-1)
+
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        length.zero_()
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory):
+            logits, greedy = run()
+        return _Graph(graph, logits, greedy)
+
+
+class _Slots:
+    """Page tables on the device; a sequence's is written when it first runs, and forgotten when its place is wanted."""
+
+    def __init__(self, slots: int, pages: int, device: torch.device) -> None:
+        tables = torch.zeros((2, slots, pages), dtype=torch.int32, device=device)
+        self.k_table, self.v_table = tables
+        self._tables = tables
+        self._held: OrderedDict[Reservation, int] = OrderedDict()
+        self._free = list(range(slots - 1, -1, -1))
+
+    def of(self, reservations: Sequence[Reservation]) -> list[int]:
+        """Slots of a step's sequences."""
+        return [self._slot(reservation) for reservation in reservations]
+
+    def _slot(self, reservation: Reservation) -> int:
+        slot = self._held.get(reservation)
+        if slot is None:
+            # Who ran longest ago cannot be in this step: there are twice as many slots as sequences.
+            slot = self._free.pop() if self._free else self._held.popitem(last=False)[1]
+            self._held[reservation] = slot
+            self._write(slot, reservation)
+        self._held.move_to_end(reservation)
+        return slot
+
+    def _write(self, slot: int, held: Reservation) -> None:
+        pages = torch.stack([torch.cat([held.packed_k, held.plain_k]), torch.cat([held.packed_v, held.plain_v])])
+        table = pages.int().pin_memory()
+        self._tables[:, slot, : table.shape[1]].copy_(table, non_blocking=True)
+
+
+class _GpuStep:
+    """See `Step`."""
+
+    def __init__(self, logits: torch.Tensor, greedy: torch.Tensor, last: torch.Tensor) -> None:
+        self._logits = logits
+        self._greedy = greedy
+        self._last = last
+        self._host: Drawn | None = None
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    @torch.inference_mode()
+    def draw(self, rows: Rows, inputs: Inputs, occurrences: Occurrences) -> None:
+        if rows == Rows() and inputs.banned is None and inputs.masked is None:
+            drawn = Drawn(self._greedy)
+        else:
+            drawn = sample(self._logits.float(), rows, inputs, occurrences)
+        self._last[: len(drawn.tokens)].copy_(drawn.tokens)
+        reported = (drawn.chosen, drawn.top_tokens, drawn.top_logprobs)
+        self._host = Drawn(_to_pinned(drawn.tokens), *map(_optional_to_pinned, reported))
+        self._done.record()
+
+    def drawn(self) -> DrawnTokens:
+        assert self._host is not None
+        self._done.synchronize()
+        return to_host(self._host)
+
+
+def _to_pinned(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def _optional_to_pinned(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else _to_pinned(values)

@@ -1,0 +1,158 @@
+"""What stands between the products of a layer: embedding, residual and norm, qk-norm and rotation and write, SwiGLU.
+
+All four are bound by launches and latency, not by bytes: at 128 rows none moves more than a few megabytes. Arithmetic
+is float32 between reads and writes, rounded where the model (`hma_serve.model`) rounds, so both give the same BF16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def embed(TOKEN, LAST, TABLE, HIDDEN, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of the embedding; a token below 0 is the one that row -1 - token of the step before drew."""
+    row = tl.program_id(0)
+    token = tl.load(TOKEN + row).to(tl.int64)
+    if token < 0:
+        token = tl.load(LAST - 1 - token)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    tl.store(HIDDEN + row * WIDTH + column, tl.load(TABLE + token * WIDTH + column, mask=inside), mask=inside)
+
+
+@triton.jit
+def residual_norm(HIDDEN, DELTA, GAIN, OUT, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """HIDDEN += DELTA if ADD, then OUT = GAIN * HIDDEN / rms(HIDDEN); a row a program."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gain = tl.load(GAIN + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(HIDDEN + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(DELTA + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(HIDDEN.dtype.element_ty)
+        tl.store(HIDDEN + row * WIDTH + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    scaled = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+    y = scaled.to(OUT.dtype.element_ty).to(tl.float32) * gain
+    tl.store(OUT + row * WIDTH + column, y.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(first half) * second half of a row."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(UP + row * (2 * WIDTH) + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * (2 * WIDTH) + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    silu = (x / (1.0 + tl.exp(-x))).to(OUT.dtype.element_ty).to(tl.float32)
+    tl.store(OUT + row * WIDTH + column, (silu * up).to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normed(low, high, GAIN, channel, eps, D: tl.constexpr, TYPE: tl.constexpr):
+    """Both halves of heads [n, D / 2] at unit mean square, times the gain."""
+    scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
+    low_gain = tl.load(GAIN + channel).to(tl.float32)[None, :]
+    high_gain = tl.load(GAIN + D // 2 + channel).to(tl.float32)[None, :]
+    low = ((low * scale).to(TYPE).to(tl.float32) * low_gain).to(TYPE).to(tl.float32)
+    high = ((high * scale).to(TYPE).to(tl.float32) * high_gain).to(TYPE).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _key_place(token, channel, D: tl.constexpr):
+    """Where an element of a key page stands; see `fragment_order`."""
+    row, column = token % 16, channel % 16
+    lane = row % 8 * 4 + column % 8 // 2
+    return ((token // 16 * (D // 16) + channel // 16) * 32 + lane) * 8 + column % 2 + row // 8 * 2 + column // 8 * 4
+
+
+@triton.jit
+def _value_place(token, channel, D: tl.constexpr):
+    """The same for a value page, whose rows are channels."""
+    row, column = channel % 16, token % 16
+    lane = row % 8 * 4 + column % 8 // 2
+    return ((token // 16 * (D // 16) + channel // 16) * 32 + lane) * 8 + column % 2 + row // 8 * 2 + column // 8 * 4
+
+
+@triton.jit
+def project(
+    QKV,  # bf16 [rows, heads of q, then of k, then of v, D]
+    Q_GAIN,
+    K_GAIN,
+    COS_SIN,  # fp32 [positions, D]: cosines, then sines
+    Q16,  # fp16 [rows, heads, D]
+    QBF,  # bf16 [rows, heads, D]
+    QSCALE,  # fp32 [rows, heads]
+    QOFFSET,  # fp32 [rows, heads]
+    K_OFFSET,  # fp32 [KV, D]
+    MEMORY,  # bf16 [KV, elements]: one layer of the pool
+    KTABLE,  # int32 [slots, table]
+    VTABLE,
+    SLOT,  # int32 [rows]
+    LENGTH,  # int32 [rows]: 0 leaves a row alone
+    eps,
+    table_stride,
+    head_elements,
+    KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,  # a power of two, at least G
+    OFFSET: tl.constexpr,
+):
+    """One (row, KV head): its queries and key normed and rotated, key and value written to their plain page."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    length = tl.load(LENGTH + row)
+    if length > 0:
+        half: tl.constexpr = D // 2
+        channel = tl.arange(0, half)
+        member = tl.arange(0, HEADS)
+        kind: tl.constexpr = QBF.dtype.element_ty
+        position = length - 1
+        cos = tl.load(COS_SIN + position * D + channel)[None, :]
+        sin = tl.load(COS_SIN + position * D + half + channel)[None, :]
+        qkv = QKV + row * ((G + 2) * KV * D)
+        at = (head * G + member)[:, None] * D + channel[None, :]
+        there = (member < G)[:, None]
+        low = tl.load(qkv + at, mask=there, other=0.0).to(tl.float32)
+        high = tl.load(qkv + at + half, mask=there, other=0.0).to(tl.float32)
+        low, high = _normed(low, high, Q_GAIN, channel, eps, D, kind)
+        q_low = (low * cos - high * sin).to(kind)
+        q_high = (high * cos + low * sin).to(kind)
+        to = row * (KV * G * D) + at
+        tl.store(QBF + to, q_low, mask=there)
+        tl.store(QBF + to + half, q_high, mask=there)
+        low, high = q_low.to(tl.float32), q_high.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+        exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 32)
+        raised = ((262 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+        tl.store(Q16 + to, (low * raised).to(tl.float16), mask=there)
+        tl.store(Q16 + to + half, (high * raised).to(tl.float16), mask=there)
+        heads = row * (KV * G) + head * G + member
+        tl.store(QSCALE + heads, ((exponent - 8) << 23).to(tl.float32, bitcast=True), mask=member < G)
+        if OFFSET:
+            c_low = tl.load(K_OFFSET + head * D + channel)[None, :]
+            c_high = tl.load(K_OFFSET + head * D + half + channel)[None, :]
+            tl.store(QOFFSET + heads, tl.sum(low * c_low, 1) + tl.sum(high * c_high, 1), mask=member < G)
+        slot = tl.load(SLOT + row).to(tl.int64)
+        token = position % 32
+        entry = slot * table_stride + position // 32
+        memory = MEMORY + head.to(tl.int64) * head_elements
+        key_page = memory + tl.load(KTABLE + entry).to(tl.int64) * 8
+        value_page = memory + tl.load(VTABLE + entry).to(tl.int64) * 8
+        one = tl.arange(0, 1)[:, None] * 0
+        key = qkv + (KV * G + head) * D + channel[None, :] + one
+        low = tl.load(key).to(tl.float32)
+        high = tl.load(key + half).to(tl.float32)
+        low, high = _normed(low, high, K_GAIN, channel, eps, D, kind)
+        spot = channel[None, :] + one
+        tl.store(key_page + _key_place(token, spot, D), (low * cos - high * sin).to(kind))
+        tl.store(key_page + _key_place(token, spot + half, D), (high * cos + low * sin).to(kind))
+        value = qkv + (KV * (G + 1) + head) * D + channel[None, :] + one
+        tl.store(value_page + _value_place(token, spot, D), tl.load(value))
+        tl.store(value_page + _value_place(token, spot + half, D), tl.load(value + half))

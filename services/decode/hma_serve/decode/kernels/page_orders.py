@@ -1,0 +1,105 @@
+"""The order of a packed page's bytes on a GPU, by format and role: how it is made on arrival, and undone.
+
+Read as they came, in fragment order: `tt_bfp8_b`, `mxint8`, `int8`, `mxfp8_e4m3` and the FP8 family. Read as the
+block-float integers that they exactly are, at 8.5 bits: `tt_bfp4_b`, `tt_bfp2_b`, `mxfp4`. `bf16` is read as plain
+pages are. What is left (`nvfp4`, `int4`) becomes BF16 on arrival, and so does everything where that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from hma_serve.core.errors import Internal
+from hma_serve.decode.kernels.byte_pages import BYTE_PAGES, BytePage
+from hma_serve.decode.kernels.fragment_order import arrange_plain, restore_plain
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, FP8, INTEGER, MXFP8, PackedKind
+from hma_serve.decode.page_order import PageOrder, PageOrders, Role
+from hma_serve.quant import GROUP_TOKENS, codec
+
+_KINDS = {(False, False): INTEGER, (False, True): BLOCK_FLOAT, (True, False): FP8, (True, True): MXFP8}
+
+
+def packed_kind(page_format: str) -> PackedKind | None:
+    """What the kernel must be told of a format's pages; None: in memory they are plain pages."""
+    page = BYTE_PAGES.get(page_format)
+    return None if page is None else _KINDS[page.floats, page.powers]
+
+
+def fragment_orders(*, materialise: bool = False) -> PageOrders:
+    """`PageOrders` of the attention kernel.
+
+    Args:
+        materialise: Turn every format into BF16 on arrival.
+    """
+    return partial(_order, materialise)
+
+
+def _order(materialise: bool, page_format: str, role: Role, head_dim: int) -> PageOrder:
+    keys = role is Role.K
+    if page_format == "bf16":
+        return _PlainOrder(keys, head_dim)
+    page = BYTE_PAGES.get(page_format)
+    if page is None or materialise:
+        return _MaterialisedOrder(keys, head_dim, page_format)
+    return _ByteOrder(keys, head_dim, page)
+
+
+@dataclass(frozen=True, slots=True)
+class _ByteOrder:
+    keys: bool
+    head_dim: int
+    page: BytePage
+
+    @property
+    def page_bytes(self) -> int:
+        return GROUP_TOKENS * self.head_dim + (2 * self.head_dim if self.page.powers else 4 * GROUP_TOKENS)
+
+    def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
+        return self.page.arrange(wire, self.keys, self.head_dim)
+
+    def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
+        return self.page.restore(pages, self.keys, self.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainOrder:
+    keys: bool
+    head_dim: int
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * GROUP_TOKENS * self.head_dim
+
+    def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
+        values = wire.contiguous().view(torch.int16).unflatten(-1, (GROUP_TOKENS, self.head_dim))
+        return arrange_plain(values, self.keys).view(torch.uint8)
+
+    def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
+        values = restore_plain(pages.contiguous().view(torch.int16), self.keys, self.head_dim)
+        return values.flatten(-2).view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _MaterialisedOrder:
+    keys: bool
+    head_dim: int
+    page_format: str
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * GROUP_TOKENS * self.head_dim
+
+    def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
+        values = codec(self.page_format).decode(wire, torch.bfloat16).unflatten(-2, (-1, GROUP_TOKENS))
+        return arrange_plain(values, self.keys).view(torch.uint8)
+
+    def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
+        raise Internal(f"{self.page_format} pages were materialised; what came is no longer there")
+
+
+ARRANGED: Callable[[str], bool] = BYTE_PAGES.__contains__
+"""Whether a format is read without materialising it."""

@@ -1,0 +1,26 @@
+"""The decode step's kernels on a GPU, over the whole grid."""
+
+import pytest
+import torch
+
+from support.decode_kernel_checks import ATTENTION_ERROR, STEP_ERROR, AttentionCheck, grid, step_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.mark.parametrize("check", grid(), ids=str)
+def test_attention_agrees_with_float64(check: AttentionCheck) -> None:
+    assert check.run(ptx=True) <= ATTENTION_ERROR
+
+
+def test_the_twin_in_plain_triton_agrees_too() -> None:
+    check = AttentionCheck([(2, 5), (0, 33)], head_dim=32, kv_heads=1, programs=3)
+    assert check.run(ptx=False) <= ATTENTION_ERROR
+
+
+def test_a_step_agrees_with_the_model() -> None:
+    assert step_error(ptx=True) <= STEP_ERROR

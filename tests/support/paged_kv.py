@@ -1,0 +1,117 @@
+"""Random KV in pages, for the attention kernels: what lies where, and the float64 answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, QueryOperand, StepRows
+from hma_serve.decode.kernels.fragment_order import arrange_plain
+from hma_serve.decode.kernels.page_orders import fragment_orders, packed_kind
+from hma_serve.decode.page_order import Role
+from hma_serve.quant import codec
+
+
+@dataclass
+class PagedCase:
+    """One layer's problem and its answer."""
+
+    work: AttentionWork
+    query: QueryOperand
+    pages: LayerPages
+    expected: torch.Tensor
+    scale: float
+
+    def error(self, out: torch.Tensor) -> float:
+        """Relative L2 error; NaN where nothing was written."""
+        return float((out.double() - self.expected).norm() / self.expected.norm())
+
+
+def paged_case(
+    shape: AttentionShape,
+    sequences: list[tuple[int, int]],
+    *,
+    k_format: str = "tt_bfp8_b",
+    v_format: str = "tt_bfp8_b",
+    offset: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> PagedCase:
+    """Sequences of (packed pages, plain tokens), their pages in any order."""
+    generator = torch.Generator(device).manual_seed(seed)
+    kv, group, dim = shape.kv_heads, shape.group, shape.head_dim
+    k_kind, v_kind = packed_kind(k_format), packed_kind(v_format)
+    assert k_kind is not None
+    assert v_kind is not None
+    packed_pages = sum(packed for packed, _ in sequences)
+    plain_pages = sum(-(-plain // 32) for _, plain in sequences)
+
+    def noise(*size: int) -> torch.Tensor:
+        x = torch.randn(*size, device=device, generator=generator)
+        return x * torch.exp2(torch.randint(-3, 4, size[:-1], device=device, generator=generator).float()).unsqueeze(-1)
+
+    def packed(page_format: str, keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        units = codec(page_format).encode(noise(max(1, packed_pages), kv, 32, dim))
+        values = codec(page_format).decode(units).double()
+        order = fragment_orders()(page_format, Role.K if keys else Role.V, dim)
+        return order.arrange(units.flatten(2)), values
+
+    k_pages, k_values = packed(k_format, True)
+    v_pages, v_values = packed(v_format, False)
+    plain = noise(max(1, 2 * plain_pages), kv, 32, dim).bfloat16()
+    slots = torch.randperm(len(sequences), device=device, generator=generator)
+    longest = max(packed + -(-tail // 32) for packed, tail in sequences)
+    tables = torch.zeros(2, len(sequences), longest, dtype=torch.int32, device=device)
+    unit = max(k_pages.shape[-1], v_pages.shape[-1], 64 * dim) // 16
+    places = torch.randperm(2 * packed_pages + 2 * plain_pages, device=device, generator=generator) * unit
+    memory = torch.randint(0, 256, (kv, len(places) * unit * 16), device=device, generator=generator).byte()
+
+    def put(page: torch.Tensor, place: torch.Tensor) -> None:
+        for head in range(kv):
+            where = int(place) * 16
+            memory[head, where : where + page.shape[-1]] = page[head]
+
+    q = noise(len(sequences), kv * group, dim).bfloat16()
+    offsets = noise(kv, dim) if offset else None
+    expected = torch.zeros(len(sequences), kv * group, dim, dtype=torch.float64, device=device)
+    rows = StepRows.empty(len(sequences), device)
+    work = AttentionWork(shape, rows, 0, device)
+    scale, at, plain_at = dim**-0.5, 0, 0
+    for row, (count, tail) in enumerate(sequences):
+        slot, tail_pages = int(slots[row]), -(-tail // 32)
+        taken = places[2 * (at + plain_at) :][: 2 * (count + tail_pages)].view(2, -1)
+        tables[:, slot, : count + tail_pages] = taken.int()
+        ids = torch.arange(at, at + count, device=device)
+        k_ids = torch.arange(plain_at, plain_at + tail_pages, device=device)
+        v_ids = k_ids + plain_pages
+        for page in range(count):
+            put(k_pages[at + page], taken[0, page])
+            put(v_pages[at + page], taken[1, page])
+        for page in range(tail_pages):
+            put(arrange_plain(plain[k_ids[page]], True).view(torch.uint8), taken[0, count + page])
+            put(arrange_plain(plain[v_ids[page]], False).view(torch.uint8), taken[1, count + page])
+        if tail % 32:
+            # What nobody has written yet may be anything.
+            hole = torch.full((kv, 32 - tail % 32, dim), torch.nan, dtype=torch.bfloat16, device=device)
+            for keys, tail_ids, place in ((True, k_ids, taken[0, -1]), (False, v_ids, taken[1, -1])):
+                last = torch.cat([plain[tail_ids[-1], :, : tail % 32], hole], 1)
+                put(arrange_plain(last, keys).view(torch.uint8), place)
+        at, plain_at = at + count, plain_at + tail_pages
+        rows.slot[row], rows.packed[row], rows.length[row] = slot, count, 32 * count + tail
+        moved = k_values[ids].transpose(0, 1).flatten(1, 2)
+        if offsets is not None:
+            moved = moved + offsets[:, None].double()
+        tail_k = plain[k_ids].double().transpose(0, 1).flatten(1, 2)[:, :tail]
+        tail_v = plain[v_ids].double().transpose(0, 1).flatten(1, 2)[:, :tail]
+        all_keys = torch.cat([moved, tail_k], 1)
+        values = torch.cat([v_values[ids].transpose(0, 1).flatten(1, 2), tail_v], 1)
+        scores = q[row].double().view(kv, group, dim) @ all_keys.transpose(1, 2) * scale
+        expected[row] = (scores.softmax(-1) @ values).flatten(0, 1)
+    return PagedCase(
+        work,
+        QueryOperand.of(q, offsets),
+        LayerPages(memory.view(torch.int32), tables[0], tables[1], k_kind, v_kind),
+        expected,
+        scale,
+    )
