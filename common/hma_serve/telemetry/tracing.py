@@ -92,13 +92,12 @@ class Trace:
         except (asyncio.CancelledError, GeneratorExit):
             span.set_attributes({"hma.cancelled": True})
             raise
-        except HmaError as exc:
-            span.set_attribute("error.type", exc.code)
-            span.set_status(otel.StatusCode.ERROR, exc.message)
-            raise
         except Exception as exc:
-            span.set_attribute("error.type", type(exc).__name__)
-            span.set_status(otel.StatusCode.ERROR, "internal error")
+            # What wraps a typed error says so with `error`; anything else is a bug, and its text stays in the log.
+            cause: object = getattr(exc, "error", exc)
+            typed = cause if isinstance(cause, HmaError) else None
+            span.set_attribute("error.type", type(exc).__name__ if typed is None else typed.code)
+            span.set_status(otel.StatusCode.ERROR, "internal error" if typed is None else typed.message)
             raise
         finally:
             span.end()

@@ -121,6 +121,7 @@ class Attempt:
         self._placement = held.placement
         self._epoch = epoch
         self._channels = channels
+        self._trace = job.trace
         self._started = False
         self._prefill_failure: AttemptFailed | None = None
         self.cached_tokens = 0
@@ -130,14 +131,18 @@ class Attempt:
         """Whether decode held the whole prompt."""
         return self._started
 
-    async def run(self) -> AsyncGenerator[decode_pb2.DecodeGenerateResponse, None]:
+    async def run(self, trace: Trace) -> AsyncGenerator[decode_pb2.DecodeGenerateResponse, None]:
         """Yields what decode says after the ticket: started, tokens, and finished as the last.
 
         Close the iterator (`contextlib.aclosing`) when leaving early.
 
+        Args:
+            trace: The attempt's place in the request's trace; the workers' spans hang below it.
+
         Raises:
             AttemptFailed: One of the legs failed.
         """
+        self._trace = trace
         decode = self._placement.decode
         with self._channels.lease(decode.address) as channel:
             stub = decode_pb2_grpc.DecodeStub(channel)
@@ -260,6 +265,7 @@ class Attempt:
             tenant=job.tenant,
             priority=job.priority,
             slo=job.slo.to_proto(),
+            trace=self._trace.to_message(),
         )
 
     def _decode_request(self) -> decode_pb2.DecodeGenerateRequest:

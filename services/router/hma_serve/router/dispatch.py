@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -33,7 +34,9 @@ from hma_serve.router.admission import Admission, Claim
 from hma_serve.router.attempt import Attempt, AttemptFailed, Job
 from hma_serve.router.placement import Demand, Placement
 from hma_serve.rpc import ChannelCache
+from hma_serve.telemetry import spans
 from hma_serve.telemetry.metrics import RouterMetrics
+from hma_serve.telemetry.tracing import Attribute, SpanKind, Trace
 from hma_serve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
@@ -131,16 +134,20 @@ class Dispatcher:
         """
         course = _Course(job)
         while True:
-            held = await self._admission.acquire(course.claim())
+            with job.trace.span(spans.ADMISSION) as waiting:
+                held = await self._admission.acquire(course.claim())
+                decided = time.monotonic_ns()
+                waiting.trace.record(spans.PLACEMENT, decided, decided, **_told(held.placement))
             course.begin(held.placement)
             self._count(course, held.placement)
             attempt = Attempt(course.job, held, course.epoch, self._channels)
             try:
-                async with aclosing(_progress(attempt, held.placement)) as steps:
-                    async for step in steps:
-                        migrations, seen = course.migrations, course.take(step)
-                        self._metrics.migrations.inc(course.migrations - migrations)
-                        yield seen
+                with job.trace.span(spans.ATTEMPT, kind=SpanKind.CLIENT, **course.attributes) as span:
+                    async with aclosing(_progress(attempt, held.placement, span.trace)) as steps:
+                        async for step in steps:
+                            migrations, seen = course.migrations, course.take(step)
+                            self._metrics.migrations.inc(course.migrations - migrations)
+                            yield seen
                 return
             except AttemptFailed as failed:
                 if course.complete:
@@ -200,6 +207,11 @@ class _Course:
         """The client has every token that it may get; only the end was not said."""
         return len(self.emitted) >= self._job.max_tokens
 
+    @property
+    def attributes(self) -> dict[str, Attribute]:
+        """Of the attempt's span."""
+        return {"epoch": self.epoch, "emitted_tokens": len(self.emitted), **_pair(self._placement)}
+
     def claim(self) -> Claim:
         """For admission."""
         job = self._job
@@ -251,9 +263,9 @@ class _Course:
         return self._failures
 
 
-async def _progress(attempt: Attempt, placement: Placement) -> AsyncGenerator[Progress, None]:
+async def _progress(attempt: Attempt, placement: Placement, trace: Trace) -> AsyncGenerator[Progress, None]:
     """The attempt's responses as the router's own events."""
-    async with aclosing(attempt.run()) as responses:
+    async with aclosing(attempt.run(trace)) as responses:
         async for response in responses:
             match response.WhichOneof("event"):
                 case "tokens":
@@ -266,6 +278,24 @@ async def _progress(attempt: Attempt, placement: Placement) -> AsyncGenerator[Pr
                     stop_token = finished.stop_token_id if finished.HasField("stop_token_id") else None
                     cached = max(finished.usage.cached_tokens, attempt.cached_tokens)
                     yield Ended(finished.reason, stop_token, cached)
+
+
+def _pair(placement: Placement) -> dict[str, Attribute]:
+    prefill = placement.prefill
+    return {"decode": placement.decode.instance, "prefill": "" if prefill is None else prefill.instance}
+
+
+def _told(placement: Placement) -> dict[str, Attribute]:
+    """A placement and what was expected of it, as attributes."""
+    expected = placement.prediction
+    return {
+        **_pair(placement),
+        "packed_tokens": placement.packed_tokens,
+        "predicted_ttft_seconds": expected.ttft,
+        "predicted_tpot_seconds": expected.tpot,
+        "dollars": expected.dollars,
+        "measured": expected.measured,
+    }
 
 
 def _hopeless(failed: AttemptFailed, job: Job) -> bool:
