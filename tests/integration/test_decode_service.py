@@ -99,10 +99,42 @@ async def test_greedy_tokens_equal_those_of_transformers(client: Client, checkpo
         assert finished.usage == common_pb2.Usage(prompt_tokens=len(tokens), completion_tokens=NEW_TOKENS)
 
 
-async def test_quantised_prompts_equal_the_reference(client: Client, checkpoint: Path) -> None:
+PROFILES = ("tt_bfp8", "fp8_e4m3", "mxint8", "nvfp4", "int8")
+
+
+async def test_quantised_prompts_of_several_codecs_equal_the_reference(client: Client, checkpoint: Path) -> None:
+    """All in one batch, so that one step reads pages of five codecs."""
     tokens = prompt(140)
-    responses = await client.generate(client.request(tokens, 128, "tt_bfp8"), "tt_bfp8")
-    assert emitted(responses) == reference_generate(checkpoint, "tt_bfp8", tokens, NEW_TOKENS)
+    together = await asyncio.gather(
+        *(client.generate(client.request(tokens, 128, profile), profile) for profile in PROFILES)
+    )
+    for profile, responses in zip(PROFILES, together, strict=True):
+        assert responses[0].ticket.present_tokens == 0
+        assert emitted(responses) == reference_generate(checkpoint, profile, tokens, NEW_TOKENS), profile
+
+
+async def test_materialised_prompts_equal_the_reference(checkpoint: Path) -> None:
+    tokens = prompt(140)
+    with running_worker(checkpoint, "--kv-mode", "materialise") as made:
+        async with connected(made, checkpoint) as client:
+            for profile in ("tt_bfp8", "mxint8"):
+                responses = await client.generate(client.request(tokens, 128, profile), profile)
+                assert emitted(responses) == reference_generate(checkpoint, profile, tokens, NEW_TOKENS), profile
+
+
+async def test_a_prompt_whose_beginning_is_here_is_sent_from_its_end(client: Client, checkpoint: Path) -> None:
+    short = prompt(100, 7)
+    longer = short + prompt(60, 8)
+    whole = by_transformers(checkpoint, [short, longer])
+    first_time = await client.generate(client.request(short, 96, tenant="one"))
+    again, more = await asyncio.gather(
+        client.generate(client.request(short, 96, tenant="one")),
+        client.generate(client.request(longer, 128, tenant="one")),
+    )
+    assert [r[0].ticket.present_tokens for r in (first_time, again, more)] == [0, 96, 96]
+    assert [emitted(r) for r in (first_time, again, more)] == [whole[0], *whole]
+    of_another = await client.generate(client.request(short, 96, tenant="another"))
+    assert of_another[0].ticket.present_tokens == 0
 
 
 async def test_a_migrated_request_goes_on_where_it_stopped(client: Client, checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -22,7 +23,8 @@ from hma_serve.checkpoint import fingerprint
 from hma_serve.core.errors import (
     HmaError,
 )
-from hma_serve.kvblock import StreamWriter, build_manifest, codec, encode_frame, validate_manifest
+from hma_serve.kvblock import Codec, StreamWriter, build_manifest, codec, encode_frame, validate_manifest
+from hma_serve.prefill.profiles import find_profile
 from hma_serve.rpc import deadline_in, from_error_detail, from_rpc_error
 from hma_serve.v1 import (
     common_pb2,
@@ -42,7 +44,6 @@ NEW_TOKENS = 8
 START_SECONDS = 60.0
 LEASE = 4.0
 ROPE = kv_block_pb2.KvRope(pairing=kv_block_pb2.KV_ROPE_PAIRING_HALF_SPLIT, theta=THETA)
-CODECS = {"f32": "f32", "tt_bfp8": "tt_bfp8_b"}
 _SERVING = re.compile(r"gRPC (\S+), HTTP (\S+);")
 
 
@@ -98,8 +99,16 @@ def running_worker(checkpoint: Path, *arguments: str) -> Iterator[Worker]:
 packed_kv = functools.cache(reference_packed_kv)
 
 
+def codecs(profile: str) -> tuple[Codec, Codec]:
+    """Of keys and of values."""
+    known = find_profile(profile)
+    return codec(known.k_codec), codec(known.v_codec)
+
+
 class Client:
     """The calls of a router and of a prefill worker."""
+
+    _tenants = itertools.count()
 
     def __init__(self, channel: grpc.aio.Channel, checkpoint: Path) -> None:
         self.channel = channel
@@ -108,18 +117,25 @@ class Client:
         self.worker = worker_pb2_grpc.WorkerStub(channel)
 
     def request(
-        self, prompt: Sequence[int], packed: int = 0, profile: str = "f32", **stop: Any
+        self, prompt: Sequence[int], packed: int = 0, profile: str = "f32", *, tenant: str | None = None, **stop: Any
     ) -> decode_pb2.DecodeGenerateRequest:
-        spec = codec(CODECS[profile]).spec()
+        """A request; unless told whose, of a tenant of its own, so that it finds no other's prompt."""
+        k_codec, v_codec = codecs(profile)
         offer = decode_pb2.KvOffer(
             model_fingerprint=fingerprint(self.checkpoint),
-            k_codec=spec,
-            v_codec=spec,
+            k_codec=k_codec.spec(),
+            v_codec=v_codec.spec(),
             rope=ROPE,
             producer_instance="test",
+            profile=profile,
         )
         return decode_pb2.DecodeGenerateRequest(
-            context=common_pb2.RequestContext(request_id="test", epoch=1, deadline=deadline_in(60)),
+            context=common_pb2.RequestContext(
+                request_id="test",
+                epoch=1,
+                deadline=deadline_in(60),
+                tenant=f"tenant {next(self._tenants)}" if tenant is None else tenant,
+            ),
             prompt_token_ids=prompt,
             packed_tokens=packed,
             offer=offer if packed else None,
@@ -133,7 +149,7 @@ class Client:
         """Both legs of a request; all responses."""
         call = self.decode.Generate(request, timeout=60)
         responses = [await first(call)]
-        if request.packed_tokens:
+        if responses[0].ticket.present_tokens < request.packed_tokens:
             await self.push(request.prompt_token_ids[: request.packed_tokens], responses[0].ticket, profile)
         return responses + await rest(call)
 
@@ -149,7 +165,8 @@ class Client:
         **manifest: Any,
     ) -> list[kv_transfer_pb2.PushResponse]:
         """Sends a prompt's KV as the reference computes it, with a pause before the last frame; all responses."""
-        frames = self.frames(tokens, ticket.nonce, ticket.epoch if epoch is None else epoch, profile, **manifest)
+        epoch = ticket.epoch if epoch is None else epoch
+        frames = self.frames(tokens, ticket.nonce, epoch, profile, start=ticket.present_tokens, **manifest)
         method = self.channel.stream_stream(
             "/hma_serve.v1.KvTransfer/Push",
             request_serializer=lambda frame: frame,
@@ -166,15 +183,19 @@ class Client:
 
         return [response async for response in method(paced(), timeout=30)]
 
-    def frames(self, tokens: Sequence[int], nonce: bytes, epoch: int, profile: str, **manifest: Any) -> list[bytes]:
+    def frames(
+        self, tokens: Sequence[int], nonce: bytes, epoch: int, profile: str, *, start: int = 0, **manifest: Any
+    ) -> list[bytes]:
+        k_codec, v_codec = codecs(profile)
         described: Any = {
             "model_fingerprint": fingerprint(self.checkpoint),
             "layers": LAYERS,
             "kv_heads": KV_HEADS,
             "head_dim": HEAD_DIM,
-            "k_codec": codec(CODECS[profile]),
-            "token_start": 0,
-            "token_count": len(tokens),
+            "k_codec": k_codec,
+            "v_codec": v_codec,
+            "token_start": start,
+            "token_count": len(tokens) - start,
             "rope": ROPE,
             "qk_norm": True,
         }
@@ -186,7 +207,8 @@ class Client:
         writer = StreamWriter(validate_manifest(said), nonce, epoch)
         for layer, roles in enumerate(packed_kv(self.checkpoint, profile, tuple(tokens))):
             for role, packed in zip((kv_block_pb2.KV_ROLE_K, kv_block_pb2.KV_ROLE_V), roles, strict=True):
-                frames += writer.frames(layer, role, packed.numpy(), token_start=0, max_payload=20_000)
+                rest = packed.numpy()[:, start // 32 :]
+                frames += writer.frames(layer, role, rest, token_start=start, max_payload=20_000)
         end = kv_transfer_pb2.PushEnd(blocks=writer.sent)
         return [*frames, encode_frame(kv_transfer_pb2.PushHeader(end=end))]
 

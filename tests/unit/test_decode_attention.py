@@ -9,7 +9,9 @@ from hma_serve.decode import attention
 from hma_serve.decode.attention import Span, TorchPagedAttention
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
-from hma_serve.quant import codec
+from hma_serve.kvblock import channel_order
+from hma_serve.quant import codec, codec_names
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED
 
 KV_HEADS, HEAD_DIM = 2, 32
 FORMATS = ("f32", "bf16", "tt_bfp8_b")
@@ -17,7 +19,7 @@ FORMATS = ("f32", "bf16", "tt_bfp8_b")
 
 @dataclass
 class Cached:
-    """A sequence in the pool, and what its pages mean."""
+    """A sequence in the pool, and what its pages mean: [kv_heads, length, head_dim] each."""
 
     pages: Reservation
     length: int
@@ -25,17 +27,38 @@ class Cached:
     values: torch.Tensor
 
 
-def make_pool(dtype: torch.dtype = torch.float32) -> PagePool:
-    geometry = KvGeometry(layers=2, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
-    pool = PagePool(geometry, packed_formats=FORMATS, plain_dtype=dtype, capacity_tokens=8000)
+def make_pool(
+    dtype: torch.dtype = torch.float32, *, head_dim: int = HEAD_DIM, formats: tuple[str, ...] = FORMATS
+) -> PagePool:
+    geometry = KvGeometry(layers=2, kv_heads=KV_HEADS, head_dim=head_dim)
+    pool = PagePool(geometry, packed_formats=formats, plain_dtype=dtype, capacity_tokens=8000)
     # What nobody wrote must never matter, whatever bits it has.
     pool.memory.fill_(0xFF)
     return pool
 
 
-def cached(pool: PagePool, layer: int, k_format: str, v_format: str, groups: int, plain: int, total: int) -> Cached:
+def cached(
+    pool: PagePool,
+    layer: int,
+    k_format: str,
+    v_format: str,
+    groups: int,
+    plain: int,
+    total: int,
+    *,
+    interleaved: bool = False,
+) -> Cached:
     """A sequence of `groups` packed groups and `plain` tokens behind them, all with random KV."""
-    need = Need.of(packed_tokens=groups * 32, total_tokens=total, k_format=k_format, v_format=v_format)
+    need = Need.of(
+        packed_tokens=groups * 32,
+        total_tokens=total,
+        k_format=k_format,
+        v_format=v_format,
+        interleaved=interleaved,
+    )
+    head_dim = pool.geometry.head_dim
+    theirs = channel_order(head_dim, KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED)
+    ours = channel_order(head_dim, KV_ROPE_PAIRING_INTERLEAVED, KV_ROPE_PAIRING_HALF_SPLIT)
     pages = pool.reserve(need)
     pool.clear(torch.cat([pages.plain_k, pages.plain_v]))
     tensors = []
@@ -43,12 +66,17 @@ def cached(pool: PagePool, layer: int, k_format: str, v_format: str, groups: int
         (Role.K, k_format, pages.packed_k, pages.plain_k),
         (Role.V, v_format, pages.packed_v, pages.plain_v),
     ):
-        decoded = torch.empty(KV_HEADS, 0, HEAD_DIM)
+        decoded = torch.empty(KV_HEADS, 0, head_dim)
         if groups:
-            units = codec(page_format).encode(torch.randn(KV_HEADS, groups * 32, HEAD_DIM))
-            pool.store(page_format, role, layer, packed, slice(None), units)
+            turned = interleaved and role is Role.K
+            values = torch.randn(KV_HEADS, groups * 32, head_dim)
+            units = codec(page_format).encode(values[..., theirs] if turned else values)
+            # As from two chips that hold a range of the heads each.
+            for heads in (slice(0, 1), slice(1, KV_HEADS)):
+                pool.store(page_format, role, layer, packed, heads, units[heads])
             decoded = codec(page_format).decode(units)
-        rest = torch.randn(KV_HEADS, plain, HEAD_DIM).to(pool.plain_dtype)
+            decoded = decoded[..., ours] if turned else decoded
+        rest = torch.randn(KV_HEADS, plain, head_dim).to(pool.plain_dtype)
         for token in range(plain):
             pool.plain(layer)[plains[token // 32], :, token % 32] = rest[:, token]
         tensors.append(torch.cat([decoded, rest.float()], dim=1))
@@ -61,7 +89,7 @@ def expected(sequence: Cached, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     values = torch.cat([sequence.values, v.float().transpose(0, 1)], dim=1).double()
     size = q.shape[1] // KV_HEADS
     keys, values = keys.repeat_interleave(size, 0), values.repeat_interleave(size, 0)
-    scores = torch.einsum("thd,hsd->hts", q.double(), keys) * HEAD_DIM**-0.5
+    scores = torch.einsum("thd,hsd->hts", q.double(), keys) * q.shape[2] ** -0.5
     positions = sequence.length + torch.arange(q.shape[0])
     hidden = torch.arange(keys.shape[1]) > positions[:, None]
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -69,9 +97,9 @@ def expected(sequence: Cached, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 
 
 def check(pool: PagePool, layer: int, heads: int, sequences: list[Cached], counts: list[int], limit: float) -> None:
-    tokens = sum(counts)
-    q = torch.randn(tokens, heads, HEAD_DIM).to(pool.plain_dtype)
-    k, v = (torch.randn(tokens, KV_HEADS, HEAD_DIM).to(pool.plain_dtype) for _ in range(2))
+    tokens, head_dim = sum(counts), pool.geometry.head_dim
+    q = torch.randn(tokens, heads, head_dim).to(pool.plain_dtype)
+    k, v = (torch.randn(tokens, KV_HEADS, head_dim).to(pool.plain_dtype) for _ in range(2))
     spans = [Span(s.pages, s.length, count) for s, count in zip(sequences, counts, strict=True)]
     out = TorchPagedAttention(pool, heads).plan(spans)(layer, q, k, v)
     assert out.dtype == q.dtype
@@ -85,16 +113,40 @@ def check(pool: PagePool, layer: int, heads: int, sequences: list[Cached], count
         row += count
 
 
+LENGTHS = [(0, 0), (0, 5), (1, 0), (3, 31), (7, 32), (2, 77), (4, 1), (1, 33)]
+"""Packed groups, and plain tokens behind them: on, before and behind the edges of pages."""
+
+
 @pytest.mark.parametrize("group_size", [1, 4, 5, 8])
-@pytest.mark.parametrize("page_format", FORMATS)
-def test_mixed_pages_equal_dense_attention(page_format: str, group_size: int) -> None:
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_every_codec_equals_dense_attention(head_dim: int, group_size: int) -> None:
+    """Keys of every codec with values of the next, every other sequence in interleaved channels, all in one batch."""
     torch.manual_seed(group_size)
-    pool = make_pool()
-    lengths = [(0, 0), (0, 5), (1, 0), (3, 31), (7, 32), (2, 77)]
-    sequences = [cached(pool, 1, page_format, page_format, g, p, g * 32 + p + 40) for g, p in lengths]
+    names = codec_names()
+    pool = make_pool(head_dim=head_dim, formats=names)
+    sequences = []
+    for number, (k_format, v_format) in enumerate(zip(names, names[1:] + names[:1], strict=True)):
+        groups, plain = LENGTHS[number % len(LENGTHS)]
+        groups = groups or 2
+        total = groups * 32 + plain + 40
+        sequences.append(cached(pool, 1, k_format, v_format, groups, plain, total, interleaved=number % 2 == 1))
+    heads = KV_HEADS * group_size
+    check(pool, 1, heads, sequences, [1] * len(sequences), 2e-6)
+    check(pool, 1, heads, sequences, [(1, 3, 17, 32)[number % 4] for number in range(len(sequences))], 2e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 32])
+def test_batches_of_every_size_equal_dense_attention(batch: int) -> None:
+    torch.manual_seed(batch)
+    pool = make_pool(head_dim=64)
+    sequences = []
+    for number in range(batch):
+        groups, plain = LENGTHS[(number + 3) % len(LENGTHS)]
+        page_format = FORMATS[number % 3]
+        sequences.append(cached(pool, 1, page_format, page_format, groups, plain, groups * 32 + plain + 40))
     # Single tokens together, then several tokens of a sequence at once.
-    check(pool, 1, KV_HEADS * group_size, sequences, [1] * len(sequences), 2e-6)
-    check(pool, 1, KV_HEADS * group_size, sequences, [1, 1, 32, 17, 1, 3], 2e-6)
+    check(pool, 1, 4 * KV_HEADS, sequences, [1] * batch, 2e-6)
+    check(pool, 1, 4 * KV_HEADS, sequences, [(32, 1, 1, 17, 3)[number % 5] for number in range(batch)], 2e-6)
 
 
 def test_formats_mix_in_one_batch_and_within_a_sequence() -> None:

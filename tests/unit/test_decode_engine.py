@@ -9,6 +9,7 @@ import torch
 from hma_serve.checkpoint import resolve_checkpoint
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
+from hma_serve.decode.intake import FusedIntake
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import DrawnTokens, Step
@@ -84,6 +85,7 @@ class Harness:
         scheduler = Scheduler(64)
         self.engine = Engine(
             pool=self.pool,
+            intake=FusedIntake(self.pool),
             tickets=TicketTable(lease=LEASE, clock=lambda: self.now),
             scheduler=scheduler,
             steps=StepLoop(scheduler, self.runner, SamplingBatches(VOCAB, max_running), overlap=overlap),
@@ -142,6 +144,7 @@ def admit(
     deadline: float = 0,
     emitted: int = 0,
     stop_token: int | None = None,
+    keys: Sequence[bytes] = (),
 ) -> pb.DecodeEngineCommand:
     sampling = common_pb2.SamplingParams(temperature=0.0)
     return pb.DecodeEngineCommand(
@@ -158,16 +161,23 @@ def admit(
                 max_tokens=max_tokens, stop_token_ids=[] if stop_token is None else [stop_token]
             ),
             deadline_ns=int(deadline * 1e9),
+            prefix_keys=keys,
         )
     )
 
 
 def attach(
-    push: int, nonce: bytes, *, epoch: int = 1, tokens: int = 64, v_codec: str = "tt_bfp8_b"
+    push: int, nonce: bytes, *, epoch: int = 1, tokens: int = 64, start: int = 0, v_codec: str = "tt_bfp8_b"
 ) -> pb.DecodeEngineCommand:
     return pb.DecodeEngineCommand(
         attach=pb.DecodeAttach(
-            push=push, nonce=nonce, epoch=epoch, k_codec="tt_bfp8_b", v_codec=v_codec, token_start=0, token_count=tokens
+            push=push,
+            nonce=nonce,
+            epoch=epoch,
+            k_codec="tt_bfp8_b",
+            v_codec=v_codec,
+            token_start=start,
+            token_count=tokens,
         )
     )
 
@@ -308,6 +318,45 @@ def test_full_is_said_at_once(harness: Harness) -> None:
     assert error.retry_after_seconds > 0
     harness.turn(close(2))
     harness.admit(5)
+
+
+def test_a_prefix_that_is_here_need_not_come_again(harness: Harness) -> None:
+    keys = [b"first", b"second", b"third"]
+    nonce = harness.admit(1, keys=keys[:2])
+    harness.turn(attach(9, nonce))
+    harness.fill(9)
+    harness.turn(end_push(9))
+    pages = harness.engine._streams[1].sequence.pages
+    # A longer prompt with the same beginning: only its last group is missing, and only that is taken.
+    (event,) = [e for e in harness.turn(admit(2, 100, 96, keys=keys)) if e.HasField("admitted")]
+    assert event.admitted.present_tokens == 64
+    longer = harness.engine._streams[2].sequence.pages
+    assert torch.equal(longer.packed_k[:2], pages.packed_k)
+    refused = harness.turn(attach(10, event.admitted.nonce, tokens=96))
+    assert harness.failure(refused, "push_failed").field == "manifest.token_count"
+    harness.turn(attach(11, event.admitted.nonce, start=64, tokens=32))
+    harness.fill(11, groups=1)
+    assert harness.turn(end_push(11))[0].HasField("committed")
+    # The whole prompt is here: it runs at once, also after the others have gone.
+    harness.turn(close(1), close(2))
+    assert harness.pool.used_tokens == 0
+    events = harness.turn(admit(3, 100, 96, keys=keys))
+    (event,) = [e for e in events if e.HasField("admitted")]
+    assert event.admitted.present_tokens == 96
+    assert [e.WhichOneof("event") for e in events] == ["admitted", "step"]
+    # Other keys, for example another tenant's, find nothing.
+    (event,) = [e for e in harness.turn(admit(4, 70, 64, keys=[b"x", b"y"])) if e.HasField("admitted")]
+    assert event.admitted.present_tokens == 0
+
+
+def test_a_prefix_that_did_not_become_complete_is_not_shared(harness: Harness) -> None:
+    keys = [b"first", b"second"]
+    nonce = harness.admit(1, keys=keys)
+    harness.turn(attach(9, nonce))
+    harness.fill(9, skip_last=True)
+    harness.turn(end_push(9), close(1))
+    (event,) = [e for e in harness.turn(admit(2, 70, 64, keys=keys)) if e.HasField("admitted")]
+    assert event.admitted.present_tokens == 0
 
 
 def test_memory_is_reserved_before_admission(harness: Harness) -> None:

@@ -23,44 +23,84 @@ def need(packed: int, total: int, k_format: str = "tt_bfp8_b", v_format: str = "
     return Need.of(packed_tokens=packed, total_tokens=total, k_format=k_format, v_format=v_format)
 
 
+def keys(prompt: int, groups: int) -> list[bytes]:
+    """Of prompts that are alike in their first three groups, and pairwise in their next three."""
+    return [bytes([group, 0 if group < 3 else prompt // 2 if group < 6 else prompt]) for group in range(groups)]
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Any order of reserve and free, in any mixture of formats."""
+    """Any order of reserve, publish, grow, strip and free, in any mixture of formats, with prefixes in common."""
 
     @initialize(dtype=st.sampled_from([torch.bfloat16, torch.float32]))
     def start(self, dtype: torch.dtype) -> None:
         self.pool = make_pool(dtype=dtype)
-        self.held: list[Reservation] = []
-        self.empty = self.pool.used_tokens
+        self.held: list[tuple[Reservation, list[bytes]]] = []
 
     @rule(
         groups=st.integers(0, 40),
         plain=st.integers(1, 600),
-        k_format=st.sampled_from(FORMATS),
-        v_format=st.sampled_from(FORMATS),
+        formats=st.tuples(st.sampled_from(FORMATS), st.sampled_from(FORMATS)),
+        prompt=st.integers(0, 7),
+        shares=st.booleans(),
     )
-    def reserve(self, groups: int, plain: int, k_format: str, v_format: str) -> None:
-        wanted = need(groups * 32, groups * 32 + plain, k_format, v_format)
-        if self.pool.can_reserve(wanted):
-            reservation = self.pool.reserve(wanted)
-            assert len(reservation.packed_k) == len(reservation.packed_v) == groups
-            assert len(reservation.plain_k) == len(reservation.plain_v) == -(-plain // 32)
-            self.held.append(reservation)
-        else:
+    def reserve(self, groups: int, plain: int, formats: tuple[str, str], prompt: int, shares: bool) -> None:
+        wanted = need(groups * 32, groups * 32 + plain, *formats)
+        # The codecs are part of a key, as they are of a real one.
+        names = [key + str(formats).encode() for key in keys(prompt, groups)] if shares else []
+        if not self.pool.can_reserve(wanted, names):
             with pytest.raises(Internal):
-                self.pool.reserve(wanted)
+                self.pool.reserve(wanted, names)
             assert self.held or not self.pool.fits_when_empty(wanted)
+            return
+        reservation = self.pool.reserve(wanted, names)
+        assert len(reservation.packed_k) == len(reservation.packed_v) == groups
+        assert len(reservation.plain_k) == len(reservation.plain_v) == -(-plain // 32)
+        for key, k_page, v_page in zip(
+            names, reservation.packed_k.tolist(), reservation.packed_v.tolist(), strict=False
+        ):
+            for other, others in self.held:
+                if key in others[: len(other.shared)]:
+                    place = others.index(key)
+                    assert (k_page, v_page) == (int(other.packed_k[place]), int(other.packed_v[place]))
+        self.held.append((reservation, names))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        reservation, names = self._drawn(data)
+        self.pool.publish(reservation, names)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), groups=st.integers(1, 9))
+    def grow(self, data: st.DataObject, groups: int) -> None:
+        reservation, _ = self._drawn(data)
+        before = len(reservation.plain_k)
+        if self.pool.can_grow(groups):
+            self.pool.grow(reservation, groups)
+            assert len(reservation.plain_k) == len(reservation.plain_v) == before + groups
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def strip(self, data: st.DataObject) -> None:
+        self.pool.strip(self._drawn(data)[0])
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        self.pool.free(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+        place = data.draw(st.integers(0, len(self.held) - 1))
+        self.pool.free(self.held.pop(place)[0])
+
+    def _drawn(self, data: st.DataObject) -> tuple[Reservation, list[bytes]]:
+        return self.held[data.draw(st.integers(0, len(self.held) - 1))]
 
     @invariant()
     def whole(self) -> None:
         self.pool.check_integrity()
         assert 0 <= self.pool.used_tokens <= self.pool.capacity_tokens
         if not self.held:
-            assert self.pool.used_tokens == self.empty == 0
+            assert self.pool.used_tokens == 0
+            # Whatever is kept of old prefixes gives way.
+            assert self.pool.can_reserve(need(0, 2000))
 
 
 PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
@@ -93,7 +133,7 @@ def test_packed_tokens_take_the_room_of_their_codec() -> None:
 
 def test_pages_of_different_requests_do_not_share_a_byte() -> None:
     pool = make_pool(tokens=6000)
-    held = [pool.reserve(need(64, 130, k, v)) for k in FORMATS for v in FORMATS]
+    held = [pool.reserve(need(64, 130, k, v)) for k, v in zip(FORMATS, FORMATS[1:] + FORMATS[:1], strict=True)]
     for number, reservation in enumerate(held):
         wanted = reservation.need
         for layer in range(GEOMETRY.layers):
@@ -119,6 +159,36 @@ def test_clearing_touches_the_named_pages_only() -> None:
     for layer in range(GEOMETRY.layers):
         assert (pool.plain(layer)[first.plain_k] == 0).all()
         assert (pool.plain(layer)[second.plain_k] == 7).all()
+
+
+def test_a_published_prefix_is_shared_and_stays_until_room_is_needed() -> None:
+    pool = make_pool()
+    names = keys(0, 20)
+    first = pool.reserve(need(640, 650), names)
+    assert pool.reserve(need(320, 330), names[:10]).present_groups == 0, "nothing is shared before it is complete"
+    pool.publish(first, names)
+    second = pool.reserve(need(320, 330), names[:10])
+    assert second.present_groups == 10
+    assert torch.equal(second.packed_k, first.packed_k[:10])
+    pool.free(first)
+    pool.free(second)
+    again = pool.reserve(need(640, 650), names)
+    assert again.present_groups == 20
+    pool.free(again)
+    # A prefix is given up from its end.
+    while len(pool._prefixes.longest(names)) > 15:
+        assert pool._prefixes.evict()
+    assert pool.reserve(need(640, 650), names).present_groups == 15
+    pool.check_integrity()
+
+
+def test_integrity_notices_a_wrong_count_of_holders() -> None:
+    pool = make_pool()
+    reservation = pool.reserve(need(64, 70), keys(0, 2))
+    pool.publish(reservation, keys(0, 2))
+    reservation.shared[1].holders += 1
+    with pytest.raises(Internal, match="counted wrong"):
+        pool.check_integrity()
 
 
 def test_freeing_twice_is_refused() -> None:

@@ -84,10 +84,13 @@ class KvOffer(_message.Message):
     PRODUCER_INSTANCE_FIELD_NUMBER: _builtins.int
     SEMANTICS_FIELD_NUMBER: _builtins.int
     K_OFFSETS_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     producer_instance: _builtins.str
     k_offsets: _builtins.bool
     """The producer subtracts K offsets."""
+    profile: _builtins.str
+    """The profile that computes the KV: codecs alone do not decide its bytes."""
     @_builtins.property
     def k_codec(self) -> _kv_block_pb2.KvCodecSpec: ...
     @_builtins.property
@@ -108,10 +111,11 @@ class KvOffer(_message.Message):
         producer_instance: _builtins.str = ...,
         semantics: _kv_block_pb2.KvSemantics | None = ...,
         k_offsets: _builtins.bool = ...,
+        profile: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "k_offsets", b"k_offsets", "model_fingerprint", b"model_fingerprint", "producer_instance", b"producer_instance", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "k_offsets", b"k_offsets", "model_fingerprint", b"model_fingerprint", "producer_instance", b"producer_instance", "profile", b"profile", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -94,6 +94,8 @@ class DecodeAdmit(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     DEADLINE_NS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    PREFIX_KEYS_FIELD_NUMBER: _builtins.int
+    ROPE_PAIRING_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     """Minted by the front, never reused."""
     epoch: _builtins.int
@@ -105,6 +107,8 @@ class DecodeAdmit(_message.Message):
     """0: none."""
     priority: _builtins.int
     """Higher computes earlier where a step has no room for all."""
+    rope_pairing: _kv_block_pb2.KvRopePairing.ValueType
+    """Pairing of the packed keys' channels."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -114,6 +118,10 @@ class DecodeAdmit(_message.Message):
     @_builtins.property
     def stop(self) -> _common_pb2.StopConditions:
         """max_tokens is set and counts the emitted tokens."""
+
+    @_builtins.property
+    def prefix_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of the packed groups, in order; see decode/prefix_keys.py. Empty: share nothing."""
 
     def __init__(
         self,
@@ -129,10 +137,12 @@ class DecodeAdmit(_message.Message):
         stop: _common_pb2.StopConditions | None = ...,
         deadline_ns: _builtins.int = ...,
         priority: _builtins.int = ...,
+        prefix_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        rope_pairing: _kv_block_pb2.KvRopePairing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ns", b"deadline_ns", "emitted_token_ids", b"emitted_token_ids", "epoch", b"epoch", "k_codec", b"k_codec", "packed_tokens", b"packed_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "stop", b"stop", "stream", b"stream", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ns", b"deadline_ns", "emitted_token_ids", b"emitted_token_ids", "epoch", b"epoch", "k_codec", b"k_codec", "packed_tokens", b"packed_tokens", "prefix_keys", b"prefix_keys", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "rope_pairing", b"rope_pairing", "sampling", b"sampling", "stop", b"stop", "stream", b"stream", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,6 +209,7 @@ class DecodeAttach(_message.Message):
     V_CODEC_FIELD_NUMBER: _builtins.int
     TOKEN_START_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    ROPE_PAIRING_FIELD_NUMBER: _builtins.int
     push: _builtins.int
     """Minted by the front, never reused."""
     nonce: _builtins.bytes
@@ -207,6 +218,7 @@ class DecodeAttach(_message.Message):
     v_codec: _builtins.str
     token_start: _builtins.int
     token_count: _builtins.int
+    rope_pairing: _kv_block_pb2.KvRopePairing.ValueType
     def __init__(
         self,
         *,
@@ -217,10 +229,11 @@ class DecodeAttach(_message.Message):
         v_codec: _builtins.str = ...,
         token_start: _builtins.int = ...,
         token_count: _builtins.int = ...,
+        rope_pairing: _kv_block_pb2.KvRopePairing.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "k_codec", b"k_codec", "nonce", b"nonce", "push", b"push", "token_count", b"token_count", "token_start", b"token_start", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "k_codec", b"k_codec", "nonce", b"nonce", "push", b"push", "rope_pairing", b"rope_pairing", "token_count", b"token_count", "token_start", b"token_start", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,19 +449,23 @@ class DecodeAdmitted(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     LEASE_NS_FIELD_NUMBER: _builtins.int
+    PRESENT_TOKENS_FIELD_NUMBER: _builtins.int
     stream: _builtins.int
     nonce: _builtins.bytes
     lease_ns: _builtins.int
+    present_tokens: _builtins.int
+    """Packed tokens that are in pages already."""
     def __init__(
         self,
         *,
         stream: _builtins.int = ...,
         nonce: _builtins.bytes = ...,
         lease_ns: _builtins.int = ...,
+        present_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ns", b"lease_ns", "nonce", b"nonce", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ns", b"lease_ns", "nonce", b"nonce", "present_tokens", b"present_tokens", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

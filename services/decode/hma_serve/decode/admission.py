@@ -14,6 +14,7 @@ from hma_serve.core.errors import (
 )
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.decode.prefix_keys import prefix_keys
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.kvblock import Acceptance, KvFormatError, check_offer, codec_for
 from hma_serve.rpc import remaining
@@ -33,11 +34,13 @@ class Admission:
         max_model_len: Prompt plus completion, tokens.
         vocab: Tokens there are.
         acceptance: What packed KV must match.
+        share_prefixes: Whether requests of one tenant share the pages of a common prefix.
     """
 
     max_model_len: int
     vocab: int
     acceptance: Acceptance
+    share_prefixes: bool = True
 
     def check(self, request: decode_pb2.DecodeGenerateRequest) -> decode_engine_pb2.DecodeAdmit:
         """The engine's form of a request; the stream's number is left to the client of the engine.
@@ -66,6 +69,10 @@ class Admission:
         admit.stop.max_tokens = max_tokens
         if request.packed_tokens:
             admit.k_codec, admit.v_codec = self._codecs(request)
+            admit.rope_pairing = request.offer.rope.pairing
+            if self.share_prefixes:
+                packed = request.prompt_token_ids[: request.packed_tokens]
+                admit.prefix_keys.extend(prefix_keys(request.offer, request.context.tenant, packed))
         return admit
 
     def _check_tokens(self, request: decode_pb2.DecodeGenerateRequest) -> None:

@@ -17,16 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.decode.page_order import Role
-from hma_serve.decode.pages import PagePool, Reservation
+from hma_serve.decode.pages import Need, PagePool, Reservation
+from hma_serve.kvblock import channel_order
 from hma_serve.model import Attention
 from hma_serve.quant import codec
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED
 
 BLOCK_BYTES = 1 << 20
 """Decoded bytes of keys (or values) that are in hand at once; about half of a core's second-level cache."""
@@ -84,8 +87,8 @@ class TorchPagedAttention:
     Args:
         pool: The pages.
         heads: Query heads of the model.
-        k_offsets: What packed keys have been moved by, float32 [layers, kv_heads, head_dim]; None: nothing. Plain pages
-            hold keys as they are.
+        k_offsets: What packed keys have been moved by, float32 [layers, kv_heads, head_dim] in the producer's order of
+            channels; None: nothing. Plain pages hold keys as they are.
     """
 
     def __init__(self, pool: PagePool, heads: int, k_offsets: torch.Tensor | None = None) -> None:
@@ -120,13 +123,25 @@ class TorchPagedAttention:
         self._tables = {tuple(span.pages for span in group.spans): group.tables for group in groups}
 
 
+class _Form(NamedTuple):
+    """What decides how packed pages are read; see `Need`."""
+
+    k_format: str
+    v_format: str
+    interleaved: bool
+    offset: bool
+
+    @classmethod
+    def of(cls, need: Need) -> _Form:
+        return cls(need.k_format, need.v_format, need.interleaved, need.offset)
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
     """Pages of one kind that are read together.
 
     Attributes:
-        k_format: None: plain pages.
-        v_format: The same for values.
+        form: What packed pages hold; None: plain pages.
         k_pages: int64 [n].
         v_pages: int64 [n].
         owner: int64 [n], the row of the group that each page belongs to.
@@ -135,8 +150,7 @@ class _Block:
             these may hold tokens that a query must not see.
     """
 
-    k_format: str | None
-    v_format: str | None
+    form: _Form | None
     k_pages: torch.Tensor
     v_pages: torch.Tensor
     owner: torch.Tensor
@@ -152,17 +166,17 @@ class _Tables:
         self.slots = max(span.pages.need.packed_groups + span.plain_groups for span in batch)
         self.blocks: list[_Block] = []
         self._block_pages = block_pages
-        packed: dict[tuple[str, str], list[int]] = {}
+        packed: dict[_Form, list[int]] = {}
         for row, span in enumerate(batch):
             need = span.pages.need
             if need.packed_groups:
-                packed.setdefault((need.k_format, need.v_format), []).append(row)
-        for (k_format, v_format), rows in packed.items():
+                packed.setdefault(_Form.of(need), []).append(row)
+        for form, rows in packed.items():
             owner, group = _owners(rows, [batch[row].pages.need.packed_groups for row in rows])
             k_pages = torch.cat([batch[row].pages.packed_k for row in rows])
             v_pages = torch.cat([batch[row].pages.packed_v for row in rows])
             places = owner * self.slots + group
-            self._add(_Block(k_format, v_format, k_pages, v_pages, owner, places, places[:0]))
+            self._add(_Block(form, k_pages, v_pages, owner, places, places[:0]))
         self._add_plain(batch)
 
     def _add_plain(self, batch: list[Span]) -> None:
@@ -175,7 +189,7 @@ class _Tables:
         owner, group = owner[order], group[order]
         places = owner * self.slots + packed[owner] + group
         starts = (group * GROUP_TOKENS)[int(seen_whole.sum()) :]
-        self._add(_Block(None, None, k_pages, v_pages, owner, places, starts))
+        self._add(_Block(None, k_pages, v_pages, owner, places, starts))
 
     def _add(self, whole: _Block) -> None:
         """Cuts pages of one kind into blocks."""
@@ -185,8 +199,7 @@ class _Tables:
             masked = slice(max(0, first - masked_from), max(0, first + self._block_pages - masked_from))
             self.blocks.append(
                 _Block(
-                    whole.k_format,
-                    whole.v_format,
+                    whole.form,
                     whole.k_pages[part],
                     whole.v_pages[part],
                     whole.owner[part],
@@ -229,6 +242,7 @@ class _Step:
     ) -> None:
         self._pool = pool
         self._k_offsets = k_offsets
+        self._interleaved = _interleaved(pool.geometry.head_dim, pool.memory.device)
         self._addresses = addresses
         self._group_size = group_size
         self._work = [(group, [_hidden(block, group) for block in group.tables.blocks]) for group in groups]
@@ -257,7 +271,7 @@ class _Step:
         out, sums = torch.zeros_like(q), torch.zeros_like(peaks)
         for block, part in zip(blocks, scores, strict=True):
             weights = part.sub_(_of_owner(peaks, block).unsqueeze(3)).exp_()
-            values = torch.matmul(weights, self._read(layer, block.v_format, Role.V, block.v_pages))
+            values = torch.matmul(weights, self._values(layer, block))
             if rows > 1:
                 sums.index_add_(0, block.owner, weights.sum(3))
                 out.index_add_(0, block.owner, values)
@@ -269,19 +283,28 @@ class _Step:
 
     def _scores(self, layer: int, q: torch.Tensor, block: _Block, mask: torch.Tensor | None, size: int) -> torch.Tensor:
         """Scores of every page in a block, float32 [n, kv_heads, size * queries, 32]."""
-        keys = self._read(layer, block.k_format, Role.K, block.k_pages)
+        form = block.form
+        if form is None:
+            keys = self._pool.plain(layer).index_select(0, block.k_pages).float()
+        else:
+            keys = self._packed(layer, form.k_format, Role.K, block.k_pages)
+            # The inner product does not mind in which order the channels stand, as long as both agree.
+            q = q.index_select(3, self._interleaved) if form.interleaved else q
         scores = torch.matmul(_of_owner(q, block), keys.transpose(2, 3))
-        if self._k_offsets is not None and block.k_format is not None:
+        if self._k_offsets is not None and form is not None and form.offset:
             scores += _of_owner(torch.matmul(q, self._k_offsets[layer].unsqueeze(2)), block)  # q.c
         if mask is not None:
             last = scores[len(scores) - len(mask) :]
             last.view(*last.shape[:2], size, -1, GROUP_TOKENS).masked_fill_(mask, -torch.inf)
         return scores
 
-    def _read(self, layer: int, page_format: str | None, role: Role, pages: torch.Tensor) -> torch.Tensor:
+    def _values(self, layer: int, block: _Block) -> torch.Tensor:
+        if block.form is None:
+            return self._pool.plain(layer).index_select(0, block.v_pages).float()
+        return self._packed(layer, block.form.v_format, Role.V, block.v_pages)
+
+    def _packed(self, layer: int, page_format: str, role: Role, pages: torch.Tensor) -> torch.Tensor:
         """float32 [n, kv_heads, 32, head_dim]."""
-        if page_format is None:
-            return self._pool.plain(layer).index_select(0, pages).float()
         packed = self._pool.packed(page_format, role, layer).index_select(0, pages)
         return codec(page_format).decode(self._pool.order(page_format, role).restore(packed).unsqueeze(2))
 
@@ -334,6 +357,13 @@ def _of_owner(rows: torch.Tensor, block: _Block) -> torch.Tensor:
     if len(rows) == 1:
         return rows.expand(len(block.owner), *rows.shape[1:])
     return rows.index_select(0, block.owner)
+
+
+@lru_cache(maxsize=16)
+def _interleaved(head_dim: int, device: torch.device) -> torch.Tensor:
+    """Where the channels of an interleaved key stand in a half-split one."""
+    order = channel_order(head_dim, KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED)
+    return torch.from_numpy(order).to(device)
 
 
 def _extent(span: Span) -> tuple[int, int]:

@@ -37,6 +37,8 @@ class DecodeConfig(PlaceConfig):
         threads: Of the engine's arithmetic.
         max_model_len: Prompt plus completion, tokens; None: the model's window.
         kv_capacity_tokens: Unquantised tokens of KV that fit; None: from the free memory.
+        kv_mode: `fused`: packed KV is read as it came; `materialise`: decoded when it arrives.
+        share_prefixes: Requests of one tenant share the pages of a common prompt prefix.
         max_running: Requests that hold pages at once, those that wait for their KV included.
         step_tokens: Tokens that one step computes at most: how long a prompt may hold up the others.
         kv_lease: Seconds that a request waits for its KV without a sign of life.
@@ -50,6 +52,8 @@ class DecodeConfig(PlaceConfig):
     threads: int
     max_model_len: int | None
     kv_capacity_tokens: int | None
+    kv_mode: str
+    share_prefixes: bool
     max_running: int
     step_tokens: int
     kv_lease: float
@@ -126,6 +130,18 @@ def build_parser() -> argparse.ArgumentParser:
     work = parser.add_argument_group("work")
     work.add_argument(
         "--kv-capacity-tokens", type=int, metavar="TOKENS", help="unquantised KV that fits; default: by free memory"
+    )
+    work.add_argument(
+        "--kv-mode",
+        default="fused",
+        choices=["fused", "materialise"],
+        help="read packed KV as it came, or decode it when it arrives",
+    )
+    work.add_argument(
+        "--share-prefixes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="requests of one tenant share the pages of a common prompt prefix",
     )
     work.add_argument("--max-running", type=int, default=64, help="requests that hold pages at once")
     work.add_argument(

@@ -18,7 +18,6 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from google.protobuf.message import Message
 
 from hma_serve.core.error_detail import error_detail
@@ -31,11 +30,10 @@ from hma_serve.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions, Structure
 from hma_serve.decode.grammar import Grammar, GrammarQueue
-from hma_serve.decode.page_order import Role
-from hma_serve.decode.pages import Need, PagePool
+from hma_serve.decode.intake import Arrival, Intake, Packed
+from hma_serve.decode.pages import PagePool
 from hma_serve.decode.scheduler import Scheduler, Share
 from hma_serve.decode.sequence import Ending, Sequence
 from hma_serve.decode.step_loop import StepFailed, StepLoop, Token
@@ -43,7 +41,7 @@ from hma_serve.decode.step_meter import StepMeter, Work
 from hma_serve.decode.tickets import Ticket, TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import Arena
-from hma_serve.v1 import common_pb2, decode_pb2, kv_block_pb2
+from hma_serve.v1 import common_pb2, decode_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -76,9 +74,10 @@ class _Stream:
     """One admitted request."""
 
     sequence: Sequence
+    arrival: Arrival
+    prefix_keys: Items[bytes]
     ticket: Ticket
     admitted: float
-    landed_units: int = 0
     joined: bool = False
     announced: bool = False
 
@@ -88,6 +87,7 @@ class Engine:
 
     Args:
         pool: All pages.
+        intake: Puts packed KV into them.
         tickets: The table; its lease and clock are the engine's.
         scheduler: Who runs.
         steps: Computes the scheduler's steps.
@@ -103,6 +103,7 @@ class Engine:
         self,
         *,
         pool: PagePool,
+        intake: Intake,
         tickets: TicketTable,
         scheduler: Scheduler,
         steps: StepLoop,
@@ -114,6 +115,7 @@ class Engine:
         mint_seed: Callable[[], int] = lambda: secrets.randbits(64),
     ) -> None:
         self._pool = pool
+        self._intake = intake
         self._tickets = tickets
         self._scheduler = scheduler
         self._loop = steps
@@ -199,10 +201,13 @@ class Engine:
             return
         self._streams[admit.stream] = stream
         admitted = pb.DecodeAdmitted(
-            stream=admit.stream, nonce=stream.ticket.nonce, lease_ns=int(self._tickets.lease * 1e9)
+            stream=admit.stream,
+            nonce=stream.ticket.nonce,
+            lease_ns=int(self._tickets.lease * 1e9),
+            present_tokens=stream.arrival.present_tokens,
         )
         self._say(admitted=admitted)
-        if not admit.packed_tokens:
+        if stream.arrival.present_tokens == admit.packed_tokens:
             self._join(stream)
 
     def _reserved(self, admit: pb.DecodeAdmit, grammar: Grammar | None) -> _Stream:
@@ -211,23 +216,19 @@ class Engine:
             raise ResourceExhausted(
                 f"this decode worker runs {len(self._streams)} requests already", retry_after=_RETRY_AFTER
             )
-        need = Need.of(
-            packed_tokens=admit.packed_tokens,
-            total_tokens=len(admit.prompt_token_ids) + admit.stop.max_tokens,
-            k_format=admit.k_codec,
-            v_format=admit.v_codec,
-        )
+        packed, keys = Packed.of(admit), list(admit.prefix_keys)
+        need = self._intake.need(packed, len(admit.prompt_token_ids) + admit.stop.max_tokens)
         if not self._pool.fits_when_empty(need):
             raise FailedPrecondition(
                 "the request needs more KV memory than this decode worker has; raise --kv-capacity-tokens",
                 field="--kv-capacity-tokens",
             )
-        if not self._pool.can_reserve(need):
+        if not self._pool.can_reserve(need, keys):
             raise ResourceExhausted("not enough KV memory is free on this decode worker", retry_after=_RETRY_AFTER)
         sampling = SamplingParams.from_proto(admit.sampling)
         sequence = Sequence(
             stream=admit.stream,
-            pages=self._pool.reserve(need),
+            pages=self._pool.reserve(need, keys),
             prompt_tokens=len(admit.prompt_token_ids),
             tokens=[*admit.prompt_token_ids, *admit.emitted_token_ids],
             computed=admit.packed_tokens,
@@ -241,8 +242,9 @@ class Engine:
             priority=admit.priority,
             guide=grammar,
         )
-        ticket = self._tickets.issue(admit.stream, admit.epoch, committed=not admit.packed_tokens)
-        return _Stream(sequence, ticket, self._clock())
+        arrival = Arrival(packed, sequence.pages)
+        ticket = self._tickets.issue(admit.stream, admit.epoch, committed=arrival.present_tokens == admit.packed_tokens)
+        return _Stream(sequence, arrival, keys, ticket, self._clock())
 
     def _close(self, close: pb.DecodeClose) -> None:
         if self._compiling.pop(close.stream, None) is not None:
@@ -269,63 +271,37 @@ class Engine:
     def _attach(self, attach: pb.DecodeAttach) -> None:
         try:
             ticket = self._tickets.find(attach.nonce, attach.epoch)
-            self._check_attach(self._streams[ticket.stream].sequence.pages.need, attach)
+            self._streams[ticket.stream].arrival.check(attach)
             self._tickets.attach(ticket, attach.push)
         except HmaError as exc:
             self._say(push_failed=pb.DecodePushFailed(push=attach.push, error=error_detail(exc)))
             return
-        self._streams[ticket.stream].landed_units = 0
+        self._streams[ticket.stream].arrival.landed = 0
         self._say(attached=pb.DecodeAttached(push=attach.push))
-
-    @staticmethod
-    def _check_attach(need: Need, attach: pb.DecodeAttach) -> None:
-        expected = (0, need.packed_groups * GROUP_TOKENS)
-        if need.packed_groups and (attach.token_start, attach.token_count) != expected:
-            raise FailedPrecondition(
-                f"the stream covers {attach.token_count} tokens from {attach.token_start}, the ticket {expected[1]}",
-                field="manifest.token_count",
-            )
-        if need.packed_groups and (attach.k_codec, attach.v_codec) != (need.k_format, need.v_format):
-            raise FailedPrecondition(
-                f"the stream brings K as {attach.k_codec} and V as {attach.v_codec}; {need.k_format} and "
-                f"{need.v_format} were offered",
-                field="manifest.codecs",
-            )
 
     def _block(self, block: pb.DecodeBlock) -> None:
         ticket = self._tickets.attached(block.push)
         if ticket is not None:
-            self._store(self._streams[ticket.stream], block)
+            data = self._arena.slot(block.slot, block.length)
+            self._streams[ticket.stream].arrival.take(block, data, self._intake)
             self._tickets.renew(ticket)
         # Blocks of a stream that lost its ticket are dropped; it was told, or has left.
         self._say(landed=pb.DecodeLanded(push=block.push, slot=block.slot, length=block.length))
-
-    def _store(self, stream: _Stream, block: pb.DecodeBlock) -> None:
-        """From the slot into the pages."""
-        pages, need = stream.sequence.pages, stream.sequence.pages.need
-        role = Role.K if block.role == kv_block_pb2.KV_ROLE_K else Role.V
-        page_format, places = (need.k_format, pages.packed_k) if role is Role.K else (need.v_format, pages.packed_v)
-        data = torch.frombuffer(self._arena.slot(block.slot, block.length), dtype=torch.uint8)
-        units = data.view(block.head_count, block.group_count, -1)
-        heads = slice(block.head_start, block.head_start + block.head_count)
-        groups = places[block.group_start : block.group_start + block.group_count]
-        self._pool.store(page_format, role, block.layer, groups, heads, units)
-        stream.landed_units += block.head_count * block.group_count
 
     def _end_push(self, end: pb.DecodeEndPush) -> None:
         ticket = self._tickets.attached(end.push)
         if ticket is None:
             return
         stream = self._streams[ticket.stream]
-        expected = 2 * stream.sequence.pages.need.packed_groups * self._pool.geometry.kv_heads
-        expected *= self._pool.geometry.layers
-        if stream.landed_units != expected:
+        try:
             # The front has checked the same; a hole must not be read even if it was wrong.
+            stream.arrival.require_complete(self._pool.geometry.layers, self._pool.geometry.kv_heads)
+        except DataLoss as exc:
             self._tickets.detach(end.push)
-            error = DataLoss(f"{stream.landed_units} of {expected} page units arrived", field="blocks")
-            self._say(push_failed=pb.DecodePushFailed(push=end.push, error=error_detail(error)))
+            self._say(push_failed=pb.DecodePushFailed(push=end.push, error=error_detail(exc)))
             return
         self._tickets.commit(ticket)
+        self._pool.publish(stream.sequence.pages, stream.prefix_keys)
         self._say(committed=pb.DecodeKvCommitted(push=end.push))
         self._join(stream)
 

@@ -22,6 +22,7 @@ from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.attention import TorchPagedAttention
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
+from hma_serve.decode.intake import FusedIntake, MaterialisedIntake
 from hma_serve.decode.pages import KvGeometry, PagePool
 from hma_serve.decode.runner import TorchStepRunner
 from hma_serve.decode.sampling_batch import SamplingBatches
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--k-offsets", type=Path)
     parser.add_argument("--codecs", required=True)
     parser.add_argument("--kv-capacity-tokens", type=int, required=True)
+    parser.add_argument("--kv-mode", required=True)
     parser.add_argument("--kv-lease", type=float, required=True)
     parser.add_argument("--max-running", type=int, required=True)
     parser.add_argument("--step-tokens", type=int, required=True)
@@ -86,10 +88,12 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         capacity_tokens=args.kv_capacity_tokens,
     )
     eos = read_eos_token_ids(args.checkpoint)
+    offsets = _k_offsets(args, config)
     scheduler = Scheduler(max(args.step_tokens, args.max_running))
-    runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads, _k_offsets(args, config)))
+    runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads, offsets))
     engine = Engine(
         pool=pool,
+        intake=MaterialisedIntake(pool, offsets) if args.kv_mode == "materialise" else FusedIntake(pool),
         tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
         scheduler=scheduler,
         steps=StepLoop(scheduler, runner, SamplingBatches(config.vocab_size, args.max_running)),

@@ -85,6 +85,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             epoch=epoch,
             push_address=self.push_address,
             lease=_duration(admitted.lease_ns / 1e9),
+            present_tokens=admitted.present_tokens,
         )
 
     def _count(self, response: decode_pb2.DecodeGenerateResponse) -> None:

@@ -110,7 +110,7 @@ class _Worker:
         """Decode and KvTransfer on a server that does not listen yet."""
         config = self._config
         server = GrpcServer("decode", config.listen, SERVICES, tls=config.tls())
-        admission = Admission(model.max_model_len, model.config.vocab_size, model.acceptance)
+        admission = Admission(model.max_model_len, model.config.vocab_size, model.acceptance, config.share_prefixes)
         servicer = DecodeServicer(engine, admission, self._load, self._metrics)
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server.server)
         parts = ReceiverParts(engine, arena, slots, model.acceptance, self._metrics, config.stall_timeout)
@@ -133,6 +133,7 @@ class _Worker:
             "--dtype": config.dtype,
             "--codecs": ",".join(known.name for known in model.codecs),
             "--kv-capacity-tokens": capacity,
+            "--kv-mode": config.kv_mode,
             "--kv-lease": config.kv_lease,
             "--max-running": config.max_running,
             "--step-tokens": config.step_tokens,

@@ -9,7 +9,9 @@ neighbouring addresses are neighbours in memory: keys of one head and a run of s
 Pages of all codecs and of all roles share the range (`slabs`): a codec that nobody uses costs nothing.
 
 Ownership: free page -> `reserve` -> a `Reservation` -> `free` -> free page. Whoever holds a reservation is the only one
-to read and write its pages. Nothing is allocated after the pool was built.
+to read and write its pages, except those of a common prefix (`prefix_cache`): these belong to the cache once they are
+complete (`publish`), may be read by several reservations, and stay after the last of them until memory is needed.
+What `can_reserve` and `can_grow` promise holds until the next change. Nothing is allocated after the pool was built.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from hma_serve.core.errors import Internal
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.decode.page_order import PageOrder, PageOrders, Role, page_order
+from hma_serve.decode.prefix_cache import PrefixCache, SharedGroup
 from hma_serve.decode.slabs import Slabs
 
 ALIGNMENT = 16
@@ -61,25 +64,40 @@ class Need:
         v_format: Of the packed values.
         packed_groups: Groups of 32 tokens that arrive packed.
         plain_groups: Groups of 32 tokens that decode computes.
+        interleaved: The packed keys' channels are in the interleaved order of RoPE, not half-split.
+        offset: K offsets were subtracted from the packed keys, where the model has a table of them.
     """
 
     k_format: str
     v_format: str
     packed_groups: int
     plain_groups: int
+    interleaved: bool = False
+    offset: bool = True
 
     @classmethod
-    def of(cls, *, packed_tokens: int, total_tokens: int, k_format: str, v_format: str) -> Need:
+    def of(
+        cls,
+        *,
+        packed_tokens: int,
+        total_tokens: int,
+        k_format: str,
+        v_format: str,
+        interleaved: bool = False,
+        offset: bool = True,
+    ) -> Need:
         """What a request of `total_tokens` (prompt and completion) needs, `packed_tokens` of them packed."""
         return cls(
             k_format=k_format,
             v_format=v_format,
             packed_groups=packed_tokens // GROUP_TOKENS,
             plain_groups=math.ceil((total_tokens - packed_tokens) / GROUP_TOKENS),
+            interleaved=interleaved,
+            offset=offset,
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Reservation:
     """The pages of one request, in the order of their tokens.
 
@@ -89,6 +107,8 @@ class Reservation:
         packed_v: The same for values.
         plain_k: int64 [plain_groups], addresses of the unquantised pages.
         plain_v: The same for values.
+        shared: Its first packed groups as far as they are shared; the other pages are its own.
+        present_groups: Packed groups that were there when it was made.
     """
 
     need: Need
@@ -96,6 +116,15 @@ class Reservation:
     packed_v: torch.Tensor
     plain_k: torch.Tensor
     plain_v: torch.Tensor
+    shared: list[SharedGroup]
+    present_groups: int
+
+    @property
+    def own_pages(self) -> list[int]:
+        """Addresses of the pages that belong to it alone."""
+        shared = {page for group in self.shared for page in group.pages}
+        parts = (self.packed_k, self.packed_v, self.plain_k, self.plain_v)
+        return [address for part in parts for address in part.tolist() if address not in shared]
 
 
 class PagePool:
@@ -104,7 +133,7 @@ class PagePool:
     Args:
         geometry: Of the model.
         packed_formats: Names of the codecs that are accepted.
-        plain_dtype: Elements of unquantised pages.
+        plain_dtype: Elements of unquantised pages; packed pages of the codec that is just these are always accepted.
         capacity_tokens: A single request of so many tokens must fit, however it is packed (if no wider than plain).
         orders: How packed pages lie in memory.
         device: Where the memory lies.
@@ -122,8 +151,11 @@ class PagePool:
     ) -> None:
         self.geometry = geometry
         self.plain_dtype = plain_dtype
+        self.plain_format = PLAIN_FORMATS[plain_dtype]
         self._orders: dict[tuple[str, Role], PageOrder] = {
-            (name, role): orders(name, role, geometry.head_dim) for name in packed_formats for role in Role
+            (name, role): orders(name, role, geometry.head_dim)
+            for name in dict.fromkeys((*packed_formats, self.plain_format))
+            for role in Role
         }
         self._strides = {kind: _quanta(order.page_bytes) for kind, order in self._orders.items()}
         self._plain_stride = _quanta(GROUP_TOKENS * geometry.head_dim * plain_dtype.itemsize)
@@ -134,6 +166,7 @@ class PagePool:
         # One request's packed keys and values may each begin an extent of their own: room asked for is room to be had.
         extents = 2 + math.ceil(plain_pages / (extent // self._plain_stride))
         self._slabs = Slabs(extents, extent)
+        self._prefixes = PrefixCache(self._slabs)
         self._reservations: set[Reservation] = set()
         # Untouched memory costs nothing until it is written.
         shape = (geometry.layers, geometry.kv_heads, extents * extent * ALIGNMENT)
@@ -161,7 +194,10 @@ class PagePool:
 
     @property
     def used_tokens(self) -> int:
-        """Held memory in unquantised tokens, rounded up: packed ones count for what they take."""
+        """Held memory in unquantised tokens, rounded up: packed ones count for what they take.
+
+        Prefixes that nobody holds do not count: they give way.
+        """
         return math.ceil(self._slabs.live_quanta * GROUP_TOKENS / (2 * self._plain_stride))
 
     def order(self, page_format: str, role: Role) -> PageOrder:
@@ -172,27 +208,67 @@ class PagePool:
         """Whether an idle pool could hold it: if not, waiting is of no use."""
         return self._slabs.fits_when_empty(self._pages(need))
 
-    def can_reserve(self, need: Need) -> bool:
+    def can_reserve(self, need: Need, keys: Sequence[bytes] = ()) -> bool:
         """Whether `reserve` would succeed now."""
-        return self._slabs.fits(self._pages(need))
+        present = self._present(need, keys)
+        self._prefixes.acquire(present)
+        fits = self._slabs.could_fit(self._pages(need, len(present)))
+        self._prefixes.release(present)
+        return fits
 
-    def reserve(self, need: Need) -> Reservation:
+    def reserve(self, need: Need, keys: Sequence[bytes] = ()) -> Reservation:
         """Takes the pages; ask `can_reserve` before.
+
+        Args:
+            need: How many.
+            keys: Of the packed groups, in order (`prefix_keys`); pages of the longest prefix that is here are shared.
 
         Raises:
             Internal: They are not there.
         """
-        if not self.can_reserve(need):
+        present = self._present(need, keys)
+        self._prefixes.acquire(present)
+        pages = self._pages(need, len(present))
+        if not self._slabs.could_fit(pages):
+            self._prefixes.release(present)
             raise Internal("pages were reserved that are not free")
+        self._make_room(pages)
         reservation = Reservation(
             need,
-            self._take_packed(need, Role.K),
-            self._take_packed(need, Role.V),
-            self._take(self._plain_stride, need.plain_groups),
-            self._take(self._plain_stride, need.plain_groups),
+            self._take_packed(need, Role.K, [group.k_page for group in present]),
+            self._take_packed(need, Role.V, [group.v_page for group in present]),
+            self._take_plain(need.plain_groups),
+            self._take_plain(need.plain_groups),
+            present,
+            len(present),
         )
         self._reservations.add(reservation)
         return reservation
+
+    def publish(self, reservation: Reservation, keys: Sequence[bytes]) -> None:
+        """Lets others share its packed pages, which are complete and will not be written again."""
+        k_pages, v_pages = reservation.packed_k.tolist(), reservation.packed_v.tolist()
+        for group in range(len(reservation.shared), len(keys)):
+            if keys[group] in self._prefixes:
+                # Another request brought the same. These remain its own, and so do those behind them: what a
+                # reservation shares is a prefix.
+                return
+            reservation.shared.append(self._prefixes.add(keys[group], k_pages[group], v_pages[group]))
+
+    def can_grow(self, groups: int) -> bool:
+        """Whether `grow` would succeed now."""
+        return self._slabs.could_fit({self._plain_stride: 2 * groups})
+
+    def grow(self, reservation: Reservation, groups: int) -> None:
+        """Takes more pages for computed tokens; ask `can_grow` before."""
+        self._make_room({self._plain_stride: 2 * groups})
+        reservation.plain_k = torch.cat([reservation.plain_k, self._take_plain(groups)])
+        reservation.plain_v = torch.cat([reservation.plain_v, self._take_plain(groups)])
+
+    def strip(self, reservation: Reservation) -> None:
+        """Gives all pages of computed tokens back; the packed ones stay."""
+        self._slabs.give_back([*reservation.plain_k.tolist(), *reservation.plain_v.tolist()])
+        reservation.plain_k = reservation.plain_v = torch.empty(0, dtype=torch.int64)
 
     def free(self, reservation: Reservation) -> None:
         """Gives the pages back.
@@ -203,7 +279,8 @@ class PagePool:
         if reservation not in self._reservations:
             raise Internal("pages were freed that are not held")
         self._reservations.remove(reservation)
-        self._slabs.give_back(_addresses(reservation))
+        self._slabs.give_back(reservation.own_pages)
+        self._prefixes.release(reservation.shared)
 
     def packed(self, page_format: str, role: Role, layer: int) -> torch.Tensor:
         """Pages of one layer in one codec and role, uint8 [addresses, kv_heads, page_bytes].
@@ -251,40 +328,47 @@ class PagePool:
             layer.index_fill_(0, plain_pages, 0)
 
     def check_integrity(self) -> None:
-        """Proves that every page and extent has exactly one owner.
+        """Proves that every page and extent has exactly one owner, and that holders of prefixes are counted right.
 
         Raises:
             Internal: Naming what is wrong.
         """
-        self._slabs.check((address for held in self._reservations for address in _addresses(held)), ())
+        self._prefixes.check(group for held in self._reservations for group in held.shared)
+        own = (page for held in self._reservations for page in held.own_pages)
+        self._slabs.check([*own, *self._prefixes.live_pages], self._prefixes.parked_pages)
 
     def _pages_of(self, layer: torch.Tensor, page_bytes: int) -> torch.Tensor:
         heads, head_bytes = layer.shape
         rows = (head_bytes - page_bytes) // ALIGNMENT + 1
         return layer.as_strided((rows, heads, page_bytes), (ALIGNMENT, head_bytes, 1))
 
-    def _pages(self, need: Need) -> Mapping[int, int]:
-        """Pages by stride."""
+    def _present(self, need: Need, keys: Sequence[bytes]) -> list[SharedGroup]:
+        return self._prefixes.longest(keys[: need.packed_groups])
+
+    def _pages(self, need: Need, present: int = 0) -> Mapping[int, int]:
+        """Pages to take, by stride."""
         pages = {self._plain_stride: 2 * need.plain_groups}
-        if need.packed_groups:
+        if need.packed_groups > present:
             for kind in ((need.k_format, Role.K), (need.v_format, Role.V)):
                 stride = self._strides[kind]
-                pages[stride] = pages.get(stride, 0) + need.packed_groups
+                pages[stride] = pages.get(stride, 0) + need.packed_groups - present
         return pages
 
-    def _take_packed(self, need: Need, role: Role) -> torch.Tensor:
-        if not need.packed_groups:
-            return torch.empty(0, dtype=torch.int64)
-        return self._take(self._strides[need.k_format if role is Role.K else need.v_format, role], need.packed_groups)
+    def _make_room(self, pages: Mapping[int, int]) -> None:
+        while not self._slabs.fits(pages):
+            if not self._prefixes.evict():
+                raise Internal("pages were taken that are not free")
 
-    def _take(self, stride: int, pages: int) -> torch.Tensor:
-        return torch.tensor(self._slabs.take(stride, pages), dtype=torch.int64)
+    def _take_packed(self, need: Need, role: Role, present: list[int]) -> torch.Tensor:
+        missing = need.packed_groups - len(present)
+        if missing:
+            stride = self._strides[need.k_format if role is Role.K else need.v_format, role]
+            present = present + self._slabs.take(stride, missing)
+        return torch.tensor(present, dtype=torch.int64)
+
+    def _take_plain(self, pages: int) -> torch.Tensor:
+        return torch.tensor(self._slabs.take(self._plain_stride, pages), dtype=torch.int64)
 
 
 def _quanta(page_bytes: int) -> int:
     return -(-page_bytes // ALIGNMENT)
-
-
-def _addresses(reservation: Reservation) -> list[int]:
-    parts = (reservation.packed_k, reservation.packed_v, reservation.plain_k, reservation.plain_v)
-    return [address for part in parts for address in part.tolist()]

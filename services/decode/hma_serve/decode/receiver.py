@@ -304,6 +304,7 @@ def _attach(opened: kv_transfer_pb2.PushOpen, plan: StreamPlan) -> decode_engine
         v_codec=_codec_name(plan, kv_block_pb2.KV_ROLE_V),
         token_start=plan.token_start,
         token_count=plan.token_count,
+        rope_pairing=plan.manifest.rope.pairing,
     )
 
 

@@ -11,6 +11,7 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
 from hma_serve.kvblock import Acceptance, Codec, KvFormatError, OffsetTable, codec, codec_names
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_INTERLEAVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ class ServedModel:
             head_dim=self.config.head_dim,
             codecs=self.codecs,
             rope=self.rope.to_proto(),
+            # Attention turns its queries into the order of the keys.
+            rope_pairings=(KV_ROPE_PAIRING_INTERLEAVED,),
             qk_norm=True,
             k_offsets=bool(self.k_offsets),
             k_offset_digest=self.k_offsets.digest() if self.k_offsets else None,

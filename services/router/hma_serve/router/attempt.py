@@ -325,6 +325,7 @@ def _offer(prefill: WorkerInfo) -> decode_pb2.KvOffer:
         rope=prefill.model.rope.to_proto(),
         producer_instance=prefill.instance,
         k_offsets=bool(prefill.model.kv_fingerprint),
+        profile=prefill.profile,
     )
 
 
