@@ -21,10 +21,11 @@ from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hma_serve.core.worker import WorkerInfo
-from hma_serve.registry import Session, open_store
+from hma_serve.registry import Session, Watcher, open_store
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
 from support.etcd_server import EtcdServer
 from support.fake_workers import FakeDecode, FakePrefill, FakeWorker, running, write_fake_checkpoint
+from support.worker_records import wait_fleet
 
 START = 30.0
 PROMPT = "It was a dark and stormy night, and the rain fell in torrents."
@@ -157,6 +158,25 @@ async def test_workers_come_and_go_through_etcd(model: Path, tmp_path: Path) -> 
                 await asyncio.to_thread(etcd.kill)
                 assert (await client.post("/v1/completions", json=body)).status_code == 200
                 assert await process.stop() == 0
+        store.close()
+
+
+async def test_a_router_registers_itself_and_leaves_when_it_stops(model: Path, tmp_path: Path) -> None:
+    decode = FakeDecode()
+    with EtcdServer(tmp_path / "etcd") as etcd:
+        store = open_store(etcd.url)
+        async with running(decode), Session(store, decode.info), router(model, etcd.url) as process:
+            with Watcher(store) as watcher:
+                there = await asyncio.to_thread(wait_fleet, watcher, lambda fleet: len(fleet.routers) == 1)
+                assert list(there.workers.values()) == [replace(decode.info, epoch=1)]
+                (record,) = there.routers.values()
+                assert (record.address, f"http://{record.http_address}") == (process.grpc_address, process.url)
+                async with httpx.AsyncClient(base_url=process.url) as client:
+                    await process.ready(client)
+                    answer = await client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
+                    assert answer.status_code == 200
+                assert await process.stop() == 0
+                await asyncio.to_thread(wait_fleet, watcher, lambda fleet: not fleet.routers)
         store.close()
 
 

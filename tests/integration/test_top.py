@@ -29,7 +29,7 @@ def etcd_of(cluster: Cluster) -> str:
 def test_one_look_in_a_pipe(cluster: Cluster) -> None:
     body = {"prompt": "The sea was calm. " * 40, "max_tokens": 4}
     assert httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=30).status_code == 200
-    asked = command("top", "--etcd", etcd_of(cluster), "--router", cluster.url, "--interval", "0.2")
+    asked = command("top", "--etcd", etcd_of(cluster), "--interval", "0.2")
     result = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment(), timeout=30)
     assert result.returncode == 0, result.stderr
     rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}

@@ -135,7 +135,7 @@ def test_an_instance_cannot_leave_its_place_in_the_layout(instance: str) -> None
 
 
 def test_a_worker_without_a_role_has_no_key() -> None:
-    with pytest.raises(InvalidArgument, match="either prefill or decode"):
+    with pytest.raises(InvalidArgument, match="prefill, decode or a router"):
         record_key(replace(a_worker(), role=WorkerRole.UNSPECIFIED))
 
 

@@ -16,11 +16,12 @@ from hma_serve.v1 import kv_block_pb2, worker_pb2
 
 
 class WorkerRole(StrEnum):
-    """Which half of a request a worker computes."""
+    """Which half of a request a worker computes; or a router, whose record only says where it is found."""
 
     UNSPECIFIED = "unspecified"
     PREFILL = "prefill"
     DECODE = "decode"
+    ROUTER = "router"
 
 
 class WorkerState(StrEnum):
@@ -91,6 +92,7 @@ _ROLES = {
     worker_pb2.WORKER_ROLE_UNSPECIFIED: WorkerRole.UNSPECIFIED,
     worker_pb2.WORKER_ROLE_PREFILL: WorkerRole.PREFILL,
     worker_pb2.WORKER_ROLE_DECODE: WorkerRole.DECODE,
+    worker_pb2.WORKER_ROLE_ROUTER: WorkerRole.ROUTER,
 }
 _STATES = {
     worker_pb2.WORKER_STATE_UNSPECIFIED: WorkerState.UNSPECIFIED,

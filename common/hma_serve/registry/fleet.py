@@ -14,7 +14,8 @@ class FleetSnapshot:
     """What the registry holds.
 
     Attributes:
-        workers: By instance.
+        workers: Prefill and decode, by instance.
+        routers: Likewise; nothing is placed on them.
         revision: The store's, that this is at least as new as; 0 before the first list.
         listed: Whether the registry was read at all: before that, "no worker" means "not known yet".
         stale_since: When the registry stopped answering, monotonic seconds; None while it does. The workers stay: what
@@ -23,6 +24,7 @@ class FleetSnapshot:
     """
 
     workers: Mapping[str, WorkerInfo] = field(default_factory=lambda: MappingProxyType({}))
+    routers: Mapping[str, WorkerInfo] = field(default_factory=lambda: MappingProxyType({}))
     revision: int = 0
     listed: bool = False
     stale_since: float | None = None
@@ -59,9 +61,13 @@ class FleetRecords:
 
     def snapshot(self, revision: int, stale_since: float | None) -> FleetSnapshot:
         """A copy that later changes leave alone."""
-        workers = {info.instance: info for info in self._good.values()}
+        workers: dict[str, WorkerInfo] = {}
+        routers: dict[str, WorkerInfo] = {}
+        for info in self._good.values():
+            (routers if info.role is WorkerRole.ROUTER else workers)[info.instance] = info
         return FleetSnapshot(
             workers=MappingProxyType(workers),
+            routers=MappingProxyType(routers),
             revision=revision,
             listed=True,
             stale_since=stale_since,

@@ -32,7 +32,7 @@ def record_key(info: WorkerInfo) -> str:
 def role_prefix(role: WorkerRole | None) -> str:
     """What the keys of one role, or with None of all roles, start with."""
     if role is WorkerRole.UNSPECIFIED:
-        raise InvalidArgument("a worker in the registry is either prefill or decode", field="role")
+        raise InvalidArgument("an instance in the registry is prefill, decode or a router", field="role")
     return PREFIX if role is None else f"{PREFIX}{role}/"
 
 

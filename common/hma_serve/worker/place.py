@@ -64,17 +64,27 @@ class PlaceConfig:
         Raises:
             InvalidArgument: Every interface is bound and `--advertise` does not say which one to name.
         """
-        host, _, port = bound.rpartition(":")
-        if self.advertise is None:
-            if host in _ANY_ADDRESS and self.etcd is not None:
-                raise InvalidArgument(
-                    f"nobody can connect to {bound}: say with --advertise under which host name this worker is found",
-                    field="--advertise",
-                )
-            return bound
-        named = self.advertise
-        has_port = named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
-        return named if has_port else f"{named}:{port}"
+        address = advertised_address(bound, self.advertise)
+        if address is None and self.etcd is not None:
+            raise InvalidArgument(
+                f"nobody can connect to {bound}: say with --advertise under which host name this worker is found",
+                field="--advertise",
+            )
+        return address or bound
+
+
+def advertised_address(bound: str, named: str | None) -> str | None:
+    """Where others find what listens on `bound`; None: every interface is bound and no name is given.
+
+    Args:
+        bound: host:port.
+        named: host or host:port from the command line; None: as bound.
+    """
+    host, _, port = bound.rpartition(":")
+    if named is None:
+        return None if host in _ANY_ADDRESS else bound
+    has_port = named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
+    return named if has_port else f"{named}:{port}"
 
 
 def require_at_least(least: Mapping[str, tuple[float | None, float]]) -> None:

@@ -1,7 +1,7 @@
 """`hma-serve top`: workers, load, KV occupancy, objectives attained and transfer rates, live in the terminal.
 
-Workers come from the registry, and everything else from each service's /metrics, so it shows what a monitoring system
-would see. Rates and shares are over the last `WINDOW_SECONDS`.
+Workers and routers come from the registry, and everything else from each service's /metrics, so it shows what a
+monitoring system would see. Rates and shares are over the last `WINDOW_SECONDS`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ WINDOW_SECONDS = 10.0
 """What rates are taken over."""
 
 _LIST_SECONDS = 5.0
+# What is asked where no router is registered or named: the one of `hma-serve up`.
+_DEFAULT_ROUTER = "http://127.0.0.1:8000"
 _SCRAPE_SECONDS = 2.0
 _MIN_INTERVAL, _MAX_INTERVAL = 0.2, 60.0
 _ENTER = "\x1b[?1049h\x1b[?25l"
@@ -44,7 +46,7 @@ class TopConfig:
     Attributes:
         registry: As for `hma-serve router --etcd`.
         tls_dir: Certificates for the registry; None: no encryption.
-        routers: Base URLs of routers.
+        routers: Base URLs of routers beside the registered ones.
         interval: Seconds between two looks.
         once: One look, without escape sequences.
     """
@@ -75,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="URL",
-        help="a router's HTTP address; may be repeated (default: http://127.0.0.1:8000)",
+        help="a router that is not registered, by its HTTP address; may be repeated",
     )
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default: 1)")
     parser.add_argument("--once", action="store_true", help="print one look and end")
@@ -100,7 +102,7 @@ def parse_config(argv: Sequence[str] | None) -> TopConfig:
     return TopConfig(
         registry=args.etcd,
         tls_dir=args.tls_dir,
-        routers=tuple(routers or ["http://127.0.0.1:8000"]),
+        routers=tuple(routers),
         interval=args.interval,
         once=args.once or not sys.stdout.isatty(),
     )
@@ -152,11 +154,13 @@ async def _look(config: TopConfig, watcher: Watcher, scraper: Scraper) -> Seen:
     snapshot = watcher.current
     workers = list(snapshot.workers.values())
     urls = {worker.instance: f"http://{worker.http_address}/metrics" for worker in workers}
-    pairs = await scraper.ask([*urls.values(), *(f"{router}/metrics" for router in config.routers)])
+    registered = [f"http://{router.http_address}" for router in snapshot.routers.values()]
+    routers = list(dict.fromkeys([*config.routers, *sorted(registered)])) or [_DEFAULT_ROUTER]
+    pairs = await scraper.ask([*urls.values(), *(f"{router}/metrics" for router in routers)])
     return Seen(
         clock=time.strftime("%H:%M:%S"),
         workers=[(worker, pairs[urls[worker.instance]]) for worker in workers],
-        routers=[(router, pairs[f"{router}/metrics"]) for router in config.routers],
+        routers=[(router, pairs[f"{router}/metrics"]) for router in routers],
         stale_seconds=None if snapshot.stale_since is None else time.monotonic() - snapshot.stale_since,
     )
 

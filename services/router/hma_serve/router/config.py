@@ -27,6 +27,9 @@ class RouterConfig:
         registry: Where workers register: etcd URLs, or `file:PATH` for a static list.
         http_listen: host:port of the OpenAI API, `/live`, `/ready` and `/metrics`.
         grpc_listen: host:port of the `Inference` service.
+        advertise: host or host:port by which clients find this router, for its record in the registry; None: as bound,
+            and no record where every interface is.
+        registry_ttl: Seconds after which a silent router vanishes from the registry.
         max_waiting: Completions that may wait for a pair of workers.
         max_wait: Seconds that one may wait.
         request_timeout: Seconds that any request may take.
@@ -50,6 +53,8 @@ class RouterConfig:
     registry: str = ""
     http_listen: str = "0.0.0.0:8000"
     grpc_listen: str = "0.0.0.0:50051"
+    advertise: str | None = None
+    registry_ttl: float = 10.0
     max_waiting: int = 1024
     max_wait: float = 60.0
     request_timeout: float = 600.0
@@ -74,6 +79,11 @@ class RouterConfig:
         """
         return None if self.tls_dir is None else TlsConfig.in_directory(self.tls_dir)
 
+    @property
+    def static_registry(self) -> bool:
+        """Whether the fleet is a file, in which nobody can register."""
+        return self.registry.startswith("file:")
+
     def __post_init__(self) -> None:
         if not self.registry:
             raise InvalidArgument(
@@ -88,6 +98,7 @@ class RouterConfig:
             ("--max-attempts", self.max_attempts),
             ("--max-body-bytes", self.max_body_bytes),
             ("--max-connections", self.max_connections),
+            ("--registry-ttl", self.registry_ttl),
         ):
             if not 0 < value < math.inf:
                 raise InvalidArgument(f"{flag} must be a positive number, not {value:g}", field=flag)
@@ -128,6 +139,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--http-listen", default=defaults.http_listen, metavar="HOST:PORT", help="OpenAI API, /ready and /metrics"
     )
     place.add_argument("--grpc-listen", default=defaults.grpc_listen, metavar="HOST:PORT", help="gRPC Inference")
+    place.add_argument(
+        "--advertise",
+        metavar="HOST[:PORT]",
+        help="where clients find this router; default: as bound, if to one host",
+    )
+    place.add_argument(
+        "--registry-ttl", type=float, default=defaults.registry_ttl, metavar="SECONDS", help="lease in the registry"
+    )
     add_tls_argument(place)
     queue = parser.add_argument_group("queue")
     queue.add_argument(

@@ -10,20 +10,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from hma_serve.core.errors import FailedPrecondition, HmaError
-from hma_serve.registry import Watcher, open_readable_store
+from hma_serve.core.worker import WorkerInfo, WorkerLimits, WorkerRole, mint_instance
+from hma_serve.registry import Session, Watcher, open_readable_store, open_store
 from hma_serve.router.config import RouterConfig, build_parser, parse_config
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
 from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.http.server import HttpServer
-from hma_serve.router.model import load_model
+from hma_serve.router.model import ServedModel, load_model
 from hma_serve.router.pipeline import run_pipeline
 from hma_serve.rpc import GrpcServer
 from hma_serve.telemetry.logs import setup_logging
 from hma_serve.telemetry.metrics import router_metrics
 from hma_serve.telemetry.tracing import exporting_traces
 from hma_serve.v1 import inference_pb2_grpc
-from hma_serve.worker import etcd_tls
+from hma_serve.worker import advertised_address, etcd_tls
 
 __all__ = ["build_parser", "main", "run"]
 
@@ -70,10 +71,11 @@ async def run(config: RouterConfig) -> None:
         try:
             grpc_address = await _start(grpc_server, config.grpc_listen)
             _log.info("serving %s", model.name, extra={"http": http_address, "grpc": grpc_address})
-            await stop.wait()
-            _log.info("draining", extra={"running": pipeline.completions.running})
-            await grpc_server.set_serving(False)
-            await pipeline.completions.drain(config.drain_grace)
+            async with _registered(config, model, grpc_address, http_address):
+                await stop.wait()
+                _log.info("draining", extra={"running": pipeline.completions.running})
+                await grpc_server.set_serving(False)
+                await pipeline.completions.drain(config.drain_grace)
             await grpc_server.stop(_STOP_GRACE)
         finally:
             await http_server.stop()
@@ -101,6 +103,35 @@ async def _watching(config: RouterConfig) -> AsyncIterator[Watcher]:
         yield watcher
     finally:
         await watcher.aclose()
+        await asyncio.to_thread(store.close)
+
+
+@asynccontextmanager
+async def _registered(
+    config: RouterConfig, model: ServedModel, grpc_address: str, http_address: str
+) -> AsyncIterator[None]:
+    """The router's record, so that clients and operators find it. A registry that is away delays only the record."""
+    address = advertised_address(grpc_address, config.advertise)
+    if address is None or config.static_registry:
+        yield
+        return
+    host = address.rpartition(":")[0]
+    info = WorkerInfo(
+        instance=mint_instance(WorkerRole.ROUTER),
+        role=WorkerRole.ROUTER,
+        address=address,
+        model=model.info,
+        codecs=(),
+        limits=WorkerLimits(model.max_positions, config.max_connections, config.max_waiting),
+        http_address=f"{host}:{http_address.rpartition(':')[2]}",
+    )
+    store = open_store(config.registry, etcd_tls(config.tls()))
+    session = Session(store, info, ttl=config.registry_ttl)
+    session.start()
+    try:
+        yield
+    finally:
+        await session.aclose()
         await asyncio.to_thread(store.close)
 
 

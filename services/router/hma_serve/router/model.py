@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hma_serve.checkpoint import fingerprint, model_name, read_model_config, resolve_checkpoint
 from hma_serve.core.errors import HmaError
-from hma_serve.core.worker import WorkerInfo
+from hma_serve.core.worker import ModelInfo, WorkerInfo
 from hma_serve.text import ChatTemplate, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,20 @@ class ServedModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the router's record says of the model: its names; geometry is the workers' to tell."""
+        return ModelInfo(
+            id=self.name,
+            fingerprint=self.fingerprint,
+            layers=0,
+            hidden=0,
+            heads=0,
+            kv_heads=0,
+            head_dim=0,
+            vocab=self.vocab_size,
+        )
 
     def served_by(self, worker: WorkerInfo) -> bool:
         """Whether the worker computes this model: by fingerprint if ours is known, else by name."""
