@@ -2,12 +2,15 @@
 
 All four are bound by launches and latency, not by bytes: at 128 rows none moves more than a few megabytes. Arithmetic
 is float32 between reads and writes, rounded where the model (`hma_serve.model`) rounds, so both give the same BF16.
+
+With PDL a kernel is launched while the one before still runs, and waits for it where it first needs its result.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -23,12 +26,16 @@ def embed(TOKEN, LAST, TABLE, HIDDEN, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def residual_norm(HIDDEN, DELTA, GAIN, OUT, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def residual_norm(
+    HIDDEN, DELTA, GAIN, OUT, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
+):
     """HIDDEN += DELTA if ADD, then OUT = GAIN * HIDDEN / rms(HIDDEN); a row a program."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     gain = tl.load(GAIN + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
     x = tl.load(HIDDEN + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(DELTA + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
@@ -41,8 +48,10 @@ def residual_norm(HIDDEN, DELTA, GAIN, OUT, eps, WIDTH: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """silu(first half) * second half of a row."""
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -103,11 +112,15 @@ def project(
     D: tl.constexpr,
     HEADS: tl.constexpr,  # a power of two, at least G
     OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One (row, KV head): its queries and key normed and rotated, key and value written to their plain page."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     length = tl.load(LENGTH + row)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if length > 0:
         half: tl.constexpr = D // 2
         channel = tl.arange(0, half)

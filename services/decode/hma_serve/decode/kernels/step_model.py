@@ -6,7 +6,7 @@ and nothing depends on lengths: those are in device memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,12 @@ class StepModel:
         """Where the weights are."""
         return self._embedding.device
 
+    def matrices(self) -> Iterator[torch.Tensor]:
+        """Of every product of a step, in order: [outputs, inputs]."""
+        for layer in self._layers:
+            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+        yield self._head
+
     def run(
         self, memory: StepMemory, pages: Sequence[Sequence[LayerPages]], works: Sequence[AttentionWork]
     ) -> torch.Tensor:
@@ -127,14 +133,18 @@ class StepModel:
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
             ADD=delta is not None,
+            PDL=self._ptx,
             num_warps=8 if width > 2048 else 4,
+            launch_pdl=self._ptx,
         )
         return out
 
     def _gate(self, up: torch.Tensor) -> torch.Tensor:
         width = self.config.intermediate_size
         out = up.new_empty((len(up), width))
-        gate[(len(up), triton.cdiv(width, _BLOCK))](up, out, WIDTH=width, BLOCK=_BLOCK)
+        gate[(len(up), triton.cdiv(width, _BLOCK))](
+            up, out, WIDTH=width, BLOCK=_BLOCK, PDL=self._ptx, launch_pdl=self._ptx
+        )
         return out
 
     def _attend(
@@ -179,11 +189,13 @@ class StepModel:
             D=config.head_dim,
             HEADS=triton.next_power_of_2(config.group_size),
             OFFSET=offset is not None,
+            PDL=self._ptx,
             num_warps=2,
+            launch_pdl=self._ptx,
         )
         out = qkv.new_zeros(shape) if len(works) > 1 else qkv.new_empty(shape)
         for work, of_layer in zip(works, pages, strict=True):
-            work.attend(query, of_layer[index], out, scale=config.head_dim**-0.5, ptx=self._ptx, overlap=True)
+            work.attend(query, of_layer[index], out, scale=config.head_dim**-0.5, ptx=self._ptx, overlap=self._ptx)
         return out.flatten(1)
 
 

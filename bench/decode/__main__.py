@@ -1,0 +1,99 @@
+"""`python -m bench.decode [--quick] [PART ...]`, parts attention, 4B, 8B, 14B, 32B; all of them by default.
+
+Checks the kernels over the whole grid in parallel processes (which also compiles what is timed), times them, writes
+`decode.json` and `decode.svg` into $OUT or the current directory, and prints its tables last. Block float with four
+query heads is what the goals are about; formats `bf16` in (b) are the same step with its KV materialised, so (c) is
+read off both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.decode import attention, step
+from bench.decode.picture import picture
+from bench.decode.timing import copy_bandwidth
+from bench.figures import provenance
+
+FORMATS = ("tt_bfp8_b", "bf16")
+PARTS = ("attention", *step.SHAPES)
+
+
+def main() -> int:
+    """Runs what was asked for; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="block float alone, no check")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no new row after so many")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    args = parser.parse_args()
+    began = time.monotonic()
+    out = Path(os.environ.get("OUT", "."))
+    failed = 0 if args.quick else _check(out)
+    copy = copy_bandwidth()
+    found: dict[str, Any] = {
+        "provenance": provenance(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_tb_per_s": copy / 1e12,
+        "checks_failed": failed,
+        "attention": [],
+        "steps": [],
+    }
+    for part in args.parts or PARTS:
+        rows = attention.measure(copy, quick=args.quick) if part == "attention" else step.measure(copy, part, FORMATS)
+        for row in rows:
+            found["attention" if part == "attention" else "steps"].append(dataclasses.asdict(row))
+            if time.monotonic() - began > args.seconds:
+                break
+        torch.cuda.empty_cache()
+        (out / "decode.json").write_text(json.dumps(found, indent=1))
+    (out / "decode.svg").write_text(picture(found))
+    _show(found)
+    return 1 if failed else 0
+
+
+def _check(out: Path) -> int:
+    """Shares of the grid in processes of their own; how many failed."""
+    shares = max(1, (os.cpu_count() or 1) - 2)
+    command = [sys.executable, "-m", "support.decode_kernel_checks"]
+    with (out / "checks.log").open("w") as log:
+        running = [
+            subprocess.Popen([*command, f"{share}/{shares}"], stdout=log, stderr=subprocess.STDOUT)
+            for share in range(shares)
+        ]
+        return sum(process.wait() != 0 for process in running)
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"{found['gpu']}, torch {found['torch']}, copy {found['copy_tb_per_s']:.2f} TB/s, {found['provenance']}")
+    print(f"checks failed: {found['checks_failed']}")
+    print("(a) one layer: query heads, codec, sequences x tokens: us, TB/s, of copy | SDPA BF16, flex")
+    for row in found["attention"]:
+        even = "" if row["balanced"] else " imbalanced"
+        beside = " ".join(f"{row[name]:.1f}" for name in ("sdpa_us", "flex_us") if row[name] is not None)
+        print(
+            f"{row['group']} {row['page_format']} {row['batch']}x{row['context']}{even}: {row['us']:.1f} "
+            f"{row['tb_per_s']:.2f} {row['of_copy']:.2f} | {beside}"
+        )
+    print("(b) a step, ms: model, codec, sequences x tokens: step | products, attention, rest | floor, vLLM")
+    for row in found["steps"]:
+        rest = 1 - (row["gemm_ms"] + row["attention_ms"]) / row["ms"]
+        print(
+            f"{row['model']} {row['page_format']} {row['batch']}x{row['context']}: {row['ms']:.2f} | "
+            f"{row['gemm_ms']:.2f} {row['attention_ms']:.2f} {rest:.0%} | {row['floor_ms']:.2f} {row['vllm_ms']} "
+            f"| KV {row['kv_gb']:.1f} GB"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
