@@ -33,7 +33,7 @@ def test_one_look_in_a_pipe(cluster: Cluster) -> None:
     result = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment(), timeout=30)
     assert result.returncode == 0, result.stderr
     rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
-    assert "1 routers, 1 prefill, 1 decode" in result.stdout
+    assert "1 router, 1 prefill, 1 decode" in result.stdout
     assert cluster.url in rows
     (prefill,) = [line for name, line in rows.items() if name.startswith("prefill-")]
     (decode,) = [line for name, line in rows.items() if name.startswith("decode-")]

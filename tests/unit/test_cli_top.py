@@ -66,7 +66,7 @@ def seen(**changes: object) -> Seen:
 def test_the_screen_shows_load_occupancy_and_objectives() -> None:
     lines = render(seen(), 200, bold=False).split("\n")
     text = "\n".join(lines)
-    assert lines[0].startswith("hma-serve  10:00:00   1 routers, 1 prefill, 1 decode")
+    assert lines[0].startswith("hma-serve  10:00:00   1 router, 1 prefill, 1 decode")
     router = next(line for line in lines if line.startswith("http://r:8000"))
     assert router.split()[1:] == ["7", "0", "2.0", "0", "200.0", "-", "75%", "0.0", "0", "0"]
     decode = next(line for line in lines if line.startswith("decode-1"))

@@ -54,7 +54,8 @@ def _headline(seen: Seen) -> str:
     models = sorted({worker.model.id for worker, _ in seen.workers})
     parts = [
         f"hma-serve  {seen.clock}",
-        f"{len(seen.routers)} routers, {count[WorkerRole.PREFILL]} prefill, {count[WorkerRole.DECODE]} decode",
+        f"{len(seen.routers)} router{'s' * (len(seen.routers) != 1)}, {count[WorkerRole.PREFILL]} prefill, "
+        f"{count[WorkerRole.DECODE]} decode",
         ", ".join(models) or "no workers are registered",
     ]
     if seen.stale_seconds is not None:
