@@ -54,8 +54,10 @@ def _headline(seen: Seen) -> str:
     models = sorted({worker.model.id for worker, _ in seen.workers})
     parts = [
         f"hma-serve  {seen.clock}",
-        f"{len(seen.routers)} router{'s' * (len(seen.routers) != 1)}, {count[WorkerRole.PREFILL]} prefill, "
-        f"{count[WorkerRole.DECODE]} decode",
+        (
+            f"{len(seen.routers)} router{'s' * (len(seen.routers) != 1)}, {count[WorkerRole.PREFILL]} prefill, "
+            f"{count[WorkerRole.DECODE]} decode"
+        ),
         ", ".join(models) or "no workers are registered",
     ]
     if seen.stale_seconds is not None:
