@@ -160,7 +160,9 @@ def test_devices_reach_the_container() -> None:
     assert {"name": "hugepages", "mountPath": "/dev/hugepages-1G"} in cards["volumeMounts"]
     claimed = containers("l40s-h200.yaml")["demo-hma-serve-decode-h200"]
     assert claimed["resources"]["claims"] == [{"name": "devices"}]
-    assert containers("gaudi-mi300x.yaml")["demo-hma-serve-prefill-r9700"]["resources"]["limits"]["amd.com/gpu"] == 1
+    pair = containers("gaudi-mi300x.yaml")["demo-hma-serve-prefill-r9700"]
+    assert pair["resources"]["limits"]["amd.com/gpu"] == 2
+    assert "--tp=2" in pair["args"]
 
 
 def test_an_image_is_named_by_digest_before_tag() -> None:

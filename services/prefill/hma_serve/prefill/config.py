@@ -24,6 +24,7 @@ class PrefillConfig(PlaceConfig):
         profiles: Directory of more profiles; None: the built-in ones.
         k_offsets: Table that is subtracted from keys before they are packed; None: nothing is.
         device: Kind of accelerator.
+        tp: Devices, a rank each, that share the model.
         chunk_tokens: Tokens computed together; a multiple of 32.
         layers_ahead: Layers of a request that may be computed before the oldest of them has left.
         max_model_len: Longest prompt part taken, tokens; None: the model's window.
@@ -42,6 +43,7 @@ class PrefillConfig(PlaceConfig):
     profiles: Path | None
     k_offsets: Path | None
     device: str
+    tp: int
     chunk_tokens: int
     layers_ahead: int
     max_model_len: int | None
@@ -68,6 +70,7 @@ class PrefillConfig(PlaceConfig):
             "--kv-capacity-tokens": (self.kv_capacity_tokens, GROUP_TOKENS),
             "--prefix-cache-bytes": (self.prefix_cache_bytes, 0),
             "--threads": (self.threads, 1),
+            "--tp": (self.tp, 1),
             "--stall-timeout": (self.stall_timeout, 0.1),
         }
         require_at_least(least | self.least_of_place)
@@ -92,7 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", default="cpu", help="kind of accelerator; packages can add more (default: %(default)s)"
     )
     model.add_argument(
-        "--threads", type=int, default=default_threads(), help="of the engine's arithmetic (default: %(default)s)"
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the model, each with whole key/value heads (default: %(default)s)",
+    )
+    model.add_argument(
+        "--threads",
+        type=int,
+        default=default_threads(),
+        help="of the arithmetic, shared by the ranks (default: %(default)s)",
     )
     work = parser.add_argument_group("work")
     work.add_argument(

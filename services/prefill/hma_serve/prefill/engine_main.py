@@ -10,25 +10,23 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from hma_serve.checkpoint import read_model_config
-from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import HmaError
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.prefix import prefix_root
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
-from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
-from hma_serve.model import LoadLog
-from hma_serve.prefill.accelerators import AcceleratorSpec, open_accelerator
+from hma_serve.ipc import Arena, EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
+from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, open_accelerator
+from hma_serve.prefill.accelerators.tensor_parallel import Ranks, TensorParallel
 from hma_serve.prefill.engine import Engine, EngineOptions
 from hma_serve.prefill.job import Job
 from hma_serve.prefill.kv_layout import KvLayout
+from hma_serve.prefill.load_arguments import add_load_arguments, load_arguments, spec_of
 from hma_serve.prefill.prefix_cache import PrefixCache
-from hma_serve.prefill.profiles import find_profile
 from hma_serve.prefill.scheduler import Scheduler
 from hma_serve.telemetry.logs import setup_logging
 
@@ -36,13 +34,10 @@ _log = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The engine's arguments; the front writes them, so hardly any has a default."""
+    """The engine's arguments; the front writes them."""
     parser = argparse.ArgumentParser(prog="hma-serve-prefill-engine", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--profile", required=True)
-    parser.add_argument("--profiles", type=Path)
-    parser.add_argument("--k-offsets", type=Path)
+    add_load_arguments(parser)
+    parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--chunk-tokens", type=int, required=True)
     parser.add_argument("--layers-ahead", type=int, required=True)
     parser.add_argument("--max-running", type=int, required=True)
@@ -51,8 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overlap", choices=("on", "off"), required=True)
     parser.add_argument("--prefix-cache-bytes", type=int, required=True)
     parser.add_argument("--fingerprint", required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--log-format", required=True)
     add_engine_arguments(parser)
     return parser
 
@@ -75,12 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> Engine:
     started = time.monotonic()
-    model, profile = read_model_config(args.checkpoint), find_profile(args.profile, args.profiles)
-    k_offsets = read_k_offsets(args.k_offsets, model, model_fingerprint=None, profile=profile.name)
-    spec = AcceleratorSpec(args.checkpoint, model, profile, progress=LoadLog(_log), k_offsets=k_offsets)
-    accelerator = open_accelerator(args.device, spec)
     if endpoint.arena is None:
         raise SystemExit("the engine needs an arena")
+    spec = spec_of(args)
+    model, profile = spec.model, spec.profile
+    accelerator = _open(args, spec, endpoint.arena)
     scheduler: Scheduler[Job] = Scheduler(
         max_running=args.max_running, max_waiting=args.max_waiting, capacity_tokens=args.kv_capacity_tokens
     )
@@ -112,6 +104,16 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCom
     )
     endpoint.link.send(pb.PrefillEngineEvent(ready=ready))
     return engine
+
+
+def _open(args: argparse.Namespace, spec: AcceleratorSpec, slots: Arena) -> Accelerator:
+    """One device, or this rank's and the others."""
+    if args.tp == 1:
+        return open_accelerator(args.device, spec)
+    ranks = Ranks(args.tp, load_arguments(args), slots)
+    return TensorParallel(
+        ranks, spec.model.num_kv_heads, lambda shard: open_accelerator(args.device, replace(spec, shard=shard))
+    )
 
 
 def _serve(engine: Engine, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) -> None:

@@ -193,7 +193,8 @@ async def _engine(
         "--overlap": config.overlap,
         "--prefix-cache-bytes": config.prefix_cache_bytes,
         "--fingerprint": model.info.kv_fingerprint or model.fingerprint,
-        "--threads": config.threads,
+        "--threads": max(1, config.threads // config.tp),
+        "--tp": config.tp,
         "--log-format": config.log_format,
     }
     if config.profiles is not None:

@@ -64,8 +64,8 @@ class Profile:
     v_codec: str
     devices: tuple[Device, ...] = ()
 
-    def check(self, model: ModelConfig) -> None:
-        """Refuses a model whose sizes the formats cannot hold.
+    def check(self, model: ModelConfig, ranks: int = 1) -> None:
+        """Refuses a model whose sizes the formats cannot hold, or that so many ranks cannot share.
 
         Raises:
             FailedPrecondition: Names the size at fault.
@@ -86,6 +86,27 @@ class Profile:
                         f"the group of {operand}",
                         field="--profile",
                     )
+        self._check_ranks(model, ranks)
+
+    def _check_ranks(self, model: ModelConfig, ranks: int) -> None:
+        if ranks > model.num_kv_heads:
+            raise FailedPrecondition(
+                f"--tp {ranks} asks for more ranks than the {model.num_kv_heads} key/value heads of this model; "
+                "a rank needs at least one",
+                field="--tp",
+            )
+        group = OPERAND_GROUPS[self.activations]
+        for name, size, unit in (
+            ("num_key_value_heads", model.num_kv_heads, 1),
+            ("num_attention_heads", model.num_heads, 1),
+            ("num_attention_heads x head_dim", model.q_size, group),
+            ("intermediate_size", model.intermediate_size, group),
+        ):
+            if size % (ranks * unit):
+                parts = "parts" if unit == 1 else f"multiples of {unit}, the group of {self.activations}"
+                raise FailedPrecondition(
+                    f"{name} is {size}, which {ranks} ranks cannot share in equal {parts}", field="--tp"
+                )
 
 
 def _grouped_sizes(model: ModelConfig) -> Mapping[str, int]:

@@ -106,7 +106,7 @@ def read_served_model(config: PrefillConfig) -> ServedModel:
     """
     checkpoint = resolve_checkpoint(config.model)
     shape, profile = read_model_config(checkpoint), find_profile(config.profile, config.profiles)
-    profile.check(shape)
+    profile.check(shape, config.tp)
     window = shape.max_position_embeddings
     own = fingerprint(checkpoint)
     longest = min(config.max_model_len or window, config.kv_capacity_tokens or window, window)

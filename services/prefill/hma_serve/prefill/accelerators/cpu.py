@@ -16,6 +16,7 @@ from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import LazyWeights, Linear, LinearFactory, LinearSite, Transformer, open_weights
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
 from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv, offset_tensor
+from hma_serve.prefill.accelerators.sharding import WHOLE, Shard
 from hma_serve.prefill.attention import StoredAttention
 from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import Profile
@@ -37,7 +38,7 @@ class CpuAccelerator:
     device = "cpu"
 
     def __init__(self, spec: AcceleratorSpec, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-        profile, model = spec.profile, spec.model
+        profile, model = spec.profile, spec.shard.local(spec.model)
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
         self._k_offsets = offset_tensor(spec)
@@ -46,11 +47,11 @@ class CpuAccelerator:
         with contextlib.ExitStack() as stack:
             if weights is None:
                 weights = stack.enter_context(_opened(spec, self._dtype))
-            self._model = Transformer(model, weights, linear=linear_factory(profile))
+            self._model = Transformer(model, weights, linear=linear_factory(profile, spec.shard))
 
     @property
     def model(self) -> ModelConfig:
-        """The model it holds."""
+        """The model it holds; of one that is cut, this rank's sizes."""
         return self._model.config
 
     def pin(self, memory: memoryview) -> None:
@@ -94,18 +95,43 @@ def _attended(part: Segment) -> tuple[int, int, TensorKv]:
     return part.start, part.tokens, part.store
 
 
-def linear_factory(profile: Profile) -> LinearFactory:
-    """Linear layers in the profile's formats, emulated."""
+_CUT_BY_INPUT = ("o_proj", "down_proj")
+
+
+def linear_factory(profile: Profile, shard: Shard = WHOLE) -> LinearFactory:
+    """Linear layers in the profile's formats, emulated; a rank's share of them takes and gives what the rank holds."""
     weights, activations = quant.operand_format(profile.weights), quant.operand_format(profile.activations)
 
-    def make(weight: torch.Tensor, site: LinearSite) -> Linear:
+    def by_output(weight: torch.Tensor, site: LinearSite) -> Linear:
         # Stacked matrices keep their own groups, because every part is a multiple of the group (`Profile.check`), and
         # scales of rows are of a part's own.
-        rounded = weights.quantize_weight(weight)
+        values, scale = weights.quantize_weight(weight)
+        cut = [_cut(x, site, shard) for x in (values, scale) if x is not None]
+        rounded = quant.Operand(cut[0], cut[1] if len(cut) > 1 else None)
+        return lambda x: quant.multiply(activations.quantize(x), rounded, x.dtype)
+
+    def by_input(weight: torch.Tensor) -> Linear:
+        values, scale = weights.quantize_weight(weight)
+        rounded = quant.Operand(shard.inputs(values).contiguous(), scale)
 
         def multiply(x: torch.Tensor) -> torch.Tensor:
-            return quant.multiply(activations.quantize(x), rounded, x.dtype)
+            row_scale = activations.scale(x)
+            if row_scale is not None:
+                row_scale = shard.largest(row_scale)
+            part = quant.multiply(activations.quantize(x, row_scale), rounded, torch.float32)
+            return shard.sum(part).to(x.dtype)
 
         return multiply
 
+    def make(weight: torch.Tensor, site: LinearSite) -> Linear:
+        if shard.count > 1 and site.name in _CUT_BY_INPUT:
+            return by_input(weight)
+        return by_output(weight, site)
+
     return make
+
+
+def _cut(stacked: torch.Tensor, site: LinearSite, shard: Shard) -> torch.Tensor:
+    if shard.count == 1:
+        return stacked
+    return torch.cat([shard.outputs(part) for part in torch.split(stacked, list(site.parts))])

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hma_serve.core.errors import FailedPrecondition
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.prefill.profiles import OPERAND_GROUPS, Profile
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,32 +63,3 @@ class Shard:
 
 WHOLE = Shard()
 """One rank that holds everything."""
-
-
-def check_ranks(model: ModelConfig, profile: Profile, ranks: int) -> None:
-    """Refuses a number of ranks among which the model cannot be dealt out.
-
-    Raises:
-        FailedPrecondition: Names the size at fault.
-    """
-    if ranks > model.num_kv_heads:
-        raise FailedPrecondition(
-            f"--tp {ranks} asks for more ranks than this model has key/value heads ({model.num_kv_heads}); "
-            "every rank needs at least one",
-            field="--tp",
-        )
-    sizes = {"num_key_value_heads": model.num_kv_heads, "num_attention_heads": model.num_heads}
-    for name, size in (sizes | {"intermediate_size": model.intermediate_size}).items():
-        if size % ranks:
-            raise FailedPrecondition(f"{name} is {size}, which {ranks} ranks cannot share evenly", field="--tp")
-    group = OPERAND_GROUPS[profile.activations]
-    for name, size in (
-        ("num_attention_heads x head_dim", model.q_size),
-        ("intermediate_size", model.intermediate_size),
-    ):
-        if size // ranks % group:
-            raise FailedPrecondition(
-                f"{name} over {ranks} ranks is {size // ranks}, not a multiple of {group}, "
-                f"the group of {profile.activations}",
-                field="--tp",
-            )
