@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -130,13 +131,18 @@ class ProcessFleet:
     async def settled(self, *, prefill: int, decode: int) -> None:
         """Waits until every router can reach exactly so many workers and answers that it is ready."""
 
-        def ready() -> bool:
-            return all(
+        def sees_all(router: Process) -> bool:
+            return (
                 router.metric('workers{role="prefill",state="open"}') == prefill
                 and router.metric('workers{role="decode",state="open"}') == decode
                 and httpx.get(f"http://{router.http}/ready").status_code == 200
-                for router in self.of("router")
             )
+
+        def ready() -> bool:
+            # A router that was just started does not listen yet.
+            with contextlib.suppress(httpx.TransportError):
+                return all(map(sees_all, self.of("router")))
+            return False
 
         await eventually(ready, "the routers do not see the fleet that there is")
 

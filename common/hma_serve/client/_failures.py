@@ -16,6 +16,9 @@ from google.protobuf.message import DecodeError
 from hma_serve.core.errors import ERRORS, Cancelled, DeadlineExceeded, HmaError, Internal, Unavailable
 from hma_serve.v1 import common_pb2, status_pb2
 
+# What gRPC says of a call that was cancelled, or whose channel was closed, on our side.
+_OURS = ("Locally cancelled", "Channel closed")
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 _BY_STATUS: dict[str, type[HmaError]] = {}
@@ -51,8 +54,11 @@ def typed_error(failure: grpc.RpcError, *, address: str, timeout: float | None) 
         return DeadlineExceeded(f"the answer was not complete {within}; raise the timeout", field="timeout")
     if kind is Unavailable:
         return Unavailable(f"no connection to {address}: {text}", field="address")
-    if kind is Cancelled:
+    if kind is Cancelled and any(sign in text for sign in _OURS):
         return Cancelled(f"the call was cancelled: {text}")
+    if kind is Cancelled:
+        # A router that stops does this to a call that reaches it in that very moment.
+        return Unavailable(f"{address} ended the call: {text}", field="address")
     return kind(f"{address} answered: {text}")
 
 
