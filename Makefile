@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-gpu test-chart fuzz lint type verify fix proto bench clean
+.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ HELM_SHA256 := 5342b91afc140d52b1a2b06819dfc5060af7ee42020f63a8605c874e0d952f9c
 ARGS ?=
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install everything, at the pinned versions
 
@@ -45,6 +45,9 @@ test-gpu: setup ## Run the tests that need a CUDA device
 
 test-chart: setup $(HELM) ## Check the Helm chart: lint, render, validate, run its commands
 	$(BIN)/pytest tests/chart $(ARGS)
+
+test-robustness: setup ## Kill, drain and restart processes of a real cluster under load, 20 times each (minutes)
+	HMA_ROBUSTNESS=full $(BIN)/pytest tests/robustness --timeout 1800 $(ARGS)
 
 fuzz: setup ## A million mutated inputs through every parser of KV; ARGS="--inputs 1000 block" for less
 	$(BIN)/python tests/hostile/fuzz.py $(ARGS)

@@ -60,7 +60,7 @@ async def test_a_prefill_killed_in_mid_transfer(fleet: ProcessFleet, trials: int
             def sending(worker: Process, sent: dict[str, float] = sent) -> bool:
                 return worker.metric("kv_sent_bytes_total") > sent[worker.http] and bool(running(worker))
 
-            await eventually(lambda: any(map(sending, fleet.of("prefill"))), "no prefill worker sends")  # noqa: B023
+            await eventually(lambda: any(map(sending, fleet.of("prefill"))), "no prefill worker sends")
             await asyncio.to_thread(kill_one, fleet, "prefill", sending)
             fleet.start("prefill")
             answer = await asking

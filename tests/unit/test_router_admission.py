@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
-from typing import Any
 
 import pytest
 
@@ -17,42 +14,10 @@ from hma_serve.router.admission import Admission, Claim, Held, QueueFull, Shed, 
 from hma_serve.router.fleet import Fleet, Load, WorkerView
 from hma_serve.router.placement import RECOVERY_SECONDS, Demand, Placement
 from support.fake_workers import WINDOW, fake_worker
+from support.virtual_loop import START, virtual
 
-START = 50.0
 LATER = 1e6
 SHORT, LONG = Demand(10, 10), Demand(100, 10)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Jumps to the next timer instead of waiting for it."""
-
-    def __init__(self) -> None:
-        super().__init__(_Jumping(self))
-        self.now = START
-
-    def time(self) -> float:
-        return self.now
-
-
-class _Jumping(selectors.SelectSelector):
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise AssertionError("nothing will ever happen again")
-        self._loop.now += timeout
-        return super().select(0)
-
-
-def virtual(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    @wraps(test)
-    def run(**arguments: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-            runner.run(test(**arguments))
-
-    return run
 
 
 class Seat:

@@ -27,6 +27,7 @@ from hma_serve.router.generated_text import GeneratedText
 from hma_serve.router.merge import merge
 from hma_serve.router.model import ServedModel
 from hma_serve.router.pace import Pace
+from hma_serve.router.tenant import TenantHeader
 from hma_serve.telemetry.metrics import RouterMetrics
 from hma_serve.telemetry.spans import TOKENIZE
 from hma_serve.telemetry.tracing import Attribute, Trace
@@ -166,6 +167,7 @@ class Completions:
         metrics: The router's.
         request_timeout: Seconds that any request may take.
         slo: Objectives of requests that bring none.
+        tenants: Where requests name their tenant.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class Completions:
         *,
         request_timeout: float = 600.0,
         slo: Slo | None = None,
+        tenants: TenantHeader | None = None,
     ) -> None:
         self.model = model
         self._tokenizing = tokenizing
@@ -186,6 +189,7 @@ class Completions:
         self._metrics = metrics
         self._request_timeout = request_timeout
         self._slo = Slo() if slo is None else slo
+        self.tenants = TenantHeader() if tenants is None else tenants
         self._running: Counter[asyncio.Task[Any]] = Counter()
         self._draining = False
         self._cutting = False

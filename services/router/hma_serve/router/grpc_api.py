@@ -36,7 +36,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Streams one request's events; the call's deadline bounds it and its cancellation frees everything."""
         with _origin(context).span(REQUEST, kind=SpanKind.SERVER, **{"rpc.method": f"{SERVICE}/Generate"}) as span:
-            asked = replace(_read(request, context.time_remaining()), trace=span.trace)
+            tenant = self._completions.tenants.read(_metadata(context).get)
+            asked = replace(_read(request, context.time_remaining()), trace=span.trace, tenant=tenant)
             prepared = await self._completions.prepare(asked)
             span.set(**prepared.attributes)
             async with aclosing(self._completions.run(prepared)) as events:
@@ -61,10 +62,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         )
 
 
+def _metadata(context: _GenerateContext) -> dict[str, str]:
+    """The call's headers of text."""
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
 def _origin(context: _GenerateContext) -> Trace:
     """The caller's place in a trace, from the call's metadata."""
-    metadata = context.invocation_metadata() or ()
-    return Trace.of_headers({key: value for key, value in metadata if isinstance(value, str)})
+    return Trace.of_headers(_metadata(context))
 
 
 def _read(message: inference_pb2.GenerateRequest, timeout: float | None) -> CompletionRequest:

@@ -17,6 +17,7 @@ from hma_serve.router.fleet_keeper import FleetKeeper, SnapshotSource
 from hma_serve.router.model import ServedModel
 from hma_serve.router.placement import place
 from hma_serve.router.readiness import Readiness
+from hma_serve.router.tenant import TenantHeader
 from hma_serve.rpc import ChannelCache
 from hma_serve.telemetry.metrics import RouterMetrics
 from hma_serve.text import TokenizingPool
@@ -71,6 +72,7 @@ async def run_pipeline(
                 metrics,
                 request_timeout=config.request_timeout,
                 slo=config.slo,
+                tenants=TenantHeader(config.tenant_header.lower()),
             )
             _watch_gauges(metrics, keeper, admission, completions)
             yield Pipeline(completions, keeper, admission, Readiness(local_prefill=config.local_prefill), metrics)

@@ -65,7 +65,9 @@ class GenerationEndpoint:
         body = self._read(
             await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout), caller
         )
-        prepared = await self._completions.prepare(replace(body.request, trace=span.trace))
+        prepared = await self._completions.prepare(
+            replace(body.request, trace=span.trace, tenant=self._completions.tenants.read(request.headers.get))
+        )
         span.set(**prepared.attributes)
         answer = self._answer(prepared, body, self._completions.model.tokenizer, int(time.time()))
         async with aclosing(self._completions.run(prepared)) as events:
