@@ -63,7 +63,7 @@ class Process:
 
     def wait_serving(self) -> None:
         self.serving.wait(START_SECONDS)
-        assert self.alive and self.http, f"{self.role} did not start:\n{''.join(self.lines)}"
+        assert self.alive, f"{self.role} did not start:\n{''.join(self.lines)}"
 
     def kill(self) -> None:
         """kill -9 of the front; its engine follows by itself."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -60,10 +59,8 @@ def attained(outcomes: list[Outcome]) -> float:
     return sum(outcome.attained for outcome in outcomes) / len(outcomes)
 
 
-async def replay(
-    load: list[Arrival], policy: Policy, fleet: Callable[[], SimulatedFleet] = unlike_fleet
-) -> list[Outcome]:
-    return await fleet().replay(load, policy)
+async def replay(load: list[Arrival], policy: Policy) -> list[Outcome]:
+    return await unlike_fleet().replay(load, policy)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
