@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -354,6 +355,54 @@ async def test_streams_for_another_attempt_ticket_or_model_are_refused(client: C
     codecs = await refused_push(client.push(tokens[:64], ticket, "tt_bfp8"))
     assert (type(codecs), codecs.field) == (FailedPrecondition, "manifest.codecs")
     call.cancel()
+
+
+async def count(worker: Worker, metric: str) -> float:
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"http://{worker.http}/metrics")).text
+    found = re.search(rf"^hma_decode_{re.escape(metric)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+async def test_a_ticket_is_good_for_one_stream_of_one_attempt_and_each_other_use_is_counted(
+    client: Client, worker: Worker
+) -> None:
+    rules = ("unknown_ticket", "wrong_epoch", "ticket_taken", "wrong_ticket")
+    names = {rule: f'pushes_refused_total{{rule="{rule}"}}' for rule in rules}
+    before = {rule: await count(worker, name) for rule, name in names.items()}
+    tokens = prompt(70)
+    calls = [client.decode.Generate(client.request(tokens, 64), timeout=60) for _ in range(2)]
+    mine, foreign = [(await first(call)).ticket for call in calls]
+    guessed = decode_pb2.Ticket(nonce=bytes(15) + b"\1", epoch=1)
+    assert isinstance(await refused_push(client.push(tokens[:64], guessed)), NotFound)
+    assert isinstance(await refused_push(client.push(tokens[:64], mine, epoch=2)), FailedPrecondition)
+
+    # A stream that opens with one ticket and then sends the blocks of another.
+    blocks = client.frames(tokens[:64], foreign.nonce, foreign.epoch, "f32")[1:]
+    await refused_push(client.push(tokens[:64], mine, change=lambda frames: [frames[0], *blocks]))
+
+    # A duplicate of a stream that runs, of one that was committed, and of one whose request is over.
+    async def duplicate() -> None:
+        assert isinstance(await refused_push(client.push(tokens[:64], mine)), FailedPrecondition)
+
+    await client.push(tokens[:64], mine, pause=duplicate)
+    await refused_push(client.push(tokens[:64], mine))
+    await rest(calls[0])
+    await client.load(lambda load: load.running == 0)
+    await refused_push(client.push(tokens[:64], mine))
+    after = {rule: await count(worker, name) - before[rule] for rule, name in names.items()}
+    assert after == {"unknown_ticket": 2, "wrong_epoch": 1, "ticket_taken": 2, "wrong_ticket": 1}
+    calls[1].cancel()
+    await client.idle()
+
+
+async def test_a_reservation_that_nobody_renews_is_swept_and_counted(client: Client, worker: Worker) -> None:
+    swept = await count(worker, "expired_tickets")
+    call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
+    await first(call)
+    assert isinstance(await refusal(call.read()), Unavailable)
+    await client.idle()
+    assert await count(worker, "expired_tickets") == swept + 1
 
 
 async def test_acks_count_what_is_in_pages_and_credit_never_falls(client: Client) -> None:

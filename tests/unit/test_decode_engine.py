@@ -280,6 +280,8 @@ def test_late_blocks_of_a_dead_stream_are_dropped(harness: Harness) -> None:
     harness.arena.slot(1, 2 * UNIT)[:] = b"\xee" * (2 * UNIT)
     (landed,) = harness.turn(block(9, 1, 0, ROLES[0], 0, 2))
     assert landed.landed.slot == 1
+    (late,) = [event.load.late_blocks for event in harness.events if event.HasField("load")]
+    assert late == 1
     pages = harness.engine._streams[1].sequence.pages
     assert (harness.pool.packed("tt_bfp8_b", Role.K, 0)[pages.packed_k][:, 0] == marker(0, ROLES[0], 0)).all()
     assert harness.turn(end_push(9)) == []

@@ -129,6 +129,8 @@ class Engine:
         self._streams: dict[int, _Stream] = {}
         self._outbox: list[pb.DecodeEngineEvent] = []
         self._meter = StepMeter(scheduler.step_tokens)
+        self._late_blocks = 0
+        self._expired_tickets = 0
         self._failed_steps = 0
         self._reported: tuple[int, ...] = ()
         self._reported_at = 0.0
@@ -285,7 +287,9 @@ class Engine:
             data = self._arena.slot(block.slot, block.length)
             self._streams[ticket.stream].arrival.take(block, data, self._intake)
             self._tickets.renew(ticket)
-        # Blocks of a stream that lost its ticket are dropped; it was told, or has left.
+        else:
+            # Blocks of a stream that lost its ticket are dropped; it was told, or has left.
+            self._late_blocks += 1
         self._say(landed=pb.DecodeLanded(push=block.push, slot=block.slot, length=block.length))
 
     def _end_push(self, end: pb.DecodeEndPush) -> None:
@@ -318,6 +322,7 @@ class Engine:
 
     def _sweep(self) -> None:
         for ticket in self._tickets.expired():
+            self._expired_tickets += 1
             self._fail(ticket.stream, Unavailable(f"the prompt's KV did not arrive within {self._tickets.lease:g} s"))
         now = self._clock()
         late = [number for number, s in self._streams.items() if s.sequence.deadline and s.sequence.deadline <= now]
@@ -411,7 +416,13 @@ class Engine:
 
     def _report_load(self) -> None:
         running = len(self._scheduler)
-        counts = (running, len(self._streams) - running, self._pool.used_tokens)
+        counts = (
+            running,
+            len(self._streams) - running,
+            self._pool.used_tokens,
+            self._late_blocks,
+            self._expired_tickets,
+        )
         now = self._clock()
         if counts == self._reported and not (running and now - self._reported_at >= _LOAD_INTERVAL):
             return
@@ -424,6 +435,8 @@ class Engine:
             steps=self._meter.steps,
             context_tokens=sum(sequence.computed for sequence in self._scheduler),
             cost=self._meter.cost,
+            late_blocks=self._late_blocks,
+            expired_tickets=self._expired_tickets,
         )
         self._say(load=load)
 

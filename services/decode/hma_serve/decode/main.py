@@ -183,6 +183,8 @@ def _show_load(metrics: DecodeMetrics, load: Load) -> None:
     metrics.kv_capacity_tokens.set(load.kv_capacity_tokens)
     metrics.step_seconds.set_function(lambda: load.engine.step_seconds)
     metrics.steps.set_function(lambda: load.engine.steps)
+    metrics.late_blocks.set_function(lambda: load.engine.late_blocks)
+    metrics.expired_tickets.set_function(lambda: load.engine.expired_tickets)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ _Context = grpc.aio.ServicerContext[bytes, kv_transfer_pb2.PushResponse]
 
 _DRAIN_SECONDS = 1.0
 
+# What the engine says of a stream that wants a ticket which is not its own, or no more; by code and field.
+_TICKET_RULES = {
+    ("not_found", "ticket"): "unknown_ticket",
+    ("failed_precondition", "epoch"): "wrong_epoch",
+    ("failed_precondition", "ticket"): "ticket_taken",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ReceiverParts:
@@ -103,7 +110,7 @@ class Receiver:
         except KvFormatError as exc:
             error, reason = typed(exc), exc.rule
         except HmaError as exc:
-            error, reason = exc, exc.code
+            error, reason = exc, _TICKET_RULES.get((exc.code, exc.field), exc.code)
         finally:
             self._active -= 1
         await self._refuse(responses, error, reason)
