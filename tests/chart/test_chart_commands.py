@@ -27,7 +27,12 @@ PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "prefill": lambda argv: prefill_config(prefill_parser().parse_args(argv)),
     "decode": lambda argv: decode_config(decode_parser().parse_args(argv)),
 }
-SECURED = ["--set=tls.enabled=true", "--set=tls.existingSecret=services"]
+SECURED = [
+    "--set=tls.enabled=true",
+    "--set=tls.existingSecret=services",
+    "--set=slo.ttftMs=500",
+    "--set=slo.tpotMs=50",
+]
 
 
 def as_kubernetes_starts_it(container: Object, environment: dict[str, str]) -> list[str]:

@@ -81,7 +81,8 @@ def test_a_request_that_a_report_missed_still_counts() -> None:
 
 
 def test_cached_tokens_are_not_computed_again() -> None:
-    fleet = Fleet((prefill(), prefill("q")), (decode(),))
+    load = Load(cost=PREFILL, transfer=replace(TRANSFER, bytes_per_second=1e9))
+    fleet = Fleet((prefill(load=load), prefill("q", load)), (decode(),))
     warm = placed(Demand(4000, 10, cached={"q": 3968}), fleet)
     assert names(warm) == ("d", "q")
     assert warm.prediction.ttft < placed(Demand(4000, 10), fleet).prediction.ttft / 4
@@ -126,7 +127,10 @@ def test_a_worker_that_has_measured_nothing_counts_as_the_fastest_and_so_gets_to
     assert names(outcome) == ("d", "new")
 
 
-LOCAL_FLEET = Fleet((prefill(load=Load(cost=PREFILL, transfer=replace(TRANSFER, handoff=0.05))),), (decode(),))
+LOCAL_FLEET = Fleet(
+    (prefill(load=Load(cost=PREFILL, transfer=replace(TRANSFER, handoff=0.05))),),
+    (decode(load=Load(cost=replace(DECODE, token=3e-4))),),
+)
 
 
 @pytest.mark.parametrize(("prompt", "alone"), [(64, True), (250, True), (2000, False)])
