@@ -26,13 +26,14 @@ async def test_a_decode_killed_in_mid_stream(fleet: ProcessFleet, trials: int) -
         async with AsyncClient(fleet.routers) as client:
             others = [asyncio.create_task(ask(client, sample_prompt(60, 1000 + seed))) for _ in range(BYSTANDERS)]
             stream = client.generate(prompt, max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
-            before, seen, killed = sum_of(fleet, "migrations_total"), 0, draw.randrange(1, 60)
+            before, seen = sum_of(fleet, "migrations_total"), 0
+            kill_at: int | None = draw.randrange(1, 60)
             async for delta in stream:
                 seen += len(delta.token_ids)
-                if killed is not None and seen >= killed:
+                if kill_at is not None and seen >= kill_at:
                     await asyncio.to_thread(kill_one, fleet, "decode", running)
                     fleet.start("decode")
-                    killed = None
+                    kill_at = None
             answer = await stream.result()
             company = await asyncio.gather(*others)
             await fleet.settled(prefill=2, decode=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import grpc
@@ -22,7 +21,7 @@ class Failure(grpc.RpcError):
     def details(self) -> str | None:
         return self._details
 
-    def trailing_metadata(self) -> Iterable[tuple[str, str]]:
+    def trailing_metadata(self) -> tuple[Any, ...]:
         return ()
 
 
