@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,19 @@ from hma_serve.checkpoint import read_eos_token_ids, read_model_config
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import CausalAttention, Transformer, open_weights, tensor_shapes
-from hma_serve.train_demo.batches import IGNORED, BatchSource, Prepared, TaskStream, encode_texts
+from hma_serve.train_demo.batches import COPY_WEIGHT, IGNORED, BatchSource, Prepared, TaskStream, encode_texts
 from hma_serve.train_demo.card import Run, read_runs, write_card
 from hma_serve.train_demo.corpus import normalise, read_corpus
 from hma_serve.train_demo.evaluate import greedy
 from hma_serve.train_demo.export import write_checkpoint
 from hma_serve.train_demo.muon import Muon, orthogonalised
 from hma_serve.train_demo.parameters import Parameters
+from hma_serve.train_demo.repeats import Repeats
 from hma_serve.train_demo.scores import Copying, Scores
 from hma_serve.train_demo.tasks import Passages, TaskWriter
 from hma_serve.train_demo.training import Schedule
 from hma_serve.train_demo.vocabulary import SPECIAL_TOKENS, train_tokenizer
+from hma_serve.train_demo.widen import initial_weights, widened, widened_config
 from support.tiny_qwen3 import tiny_tokenizer
 
 CONFIG = ModelConfig(
@@ -124,21 +127,71 @@ def test_a_lookup_states_its_answer_once_among_the_distractors() -> None:
 def test_every_label_continues_the_book_or_was_seen_before_in_its_row(length: int) -> None:
     books = (np.arange(100_000) % 4000).astype(np.uint16)
     tasks = TaskStream(np.full(10_000, 7, np.uint16), np.zeros(10_000, np.bool_), np.arange(0, 5_000, 100))
-    ids, labels = BatchSource(books, tasks, vocabulary=4096, device=CPU, seed=0).draw(40, length)
-    assert ids.shape == labels.shape == (40, length)
+    batch = BatchSource(books, tasks, vocabulary=4096, device=CPU, seed=0).draw(40, length)
+    assert batch.ids.shape == batch.labels.shape == batch.weights.shape == (40, length)
     repeated_rows = 0
-    for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
-        seen: set[tuple[int, int | None]] = set()
-        repeats = 0
-        for token, following, target in zip(row, [*row[1:], None], targets, strict=True):
+    for row, targets, weights in zip(batch.ids.tolist(), batch.labels.tolist(), batch.weights.tolist(), strict=True):
+        heavy = sum(weight == COPY_WEIGHT and target != IGNORED for weight, target in zip(weights, targets, strict=True))
+        for index, (target, weight) in enumerate(zip(targets, weights, strict=True)):
             if target != IGNORED:
-                assert following in (target, None)
-                assert target == (token + 1) % 4000 or (token, target) in seen
-                repeats += (token, target) in seen
-            seen.add((token, following))
-        repeated_rows += repeats > length // 20
+                assert target in row[:index] if weight == COPY_WEIGHT else target == (row[index] + 1) % 4000
+        repeated_rows += heavy > length // 20
     assert repeated_rows >= 10
-    assert (labels == IGNORED).all(dim=1).sum() == 12  # the task rows, which hold nothing to learn here
+    assert (batch.labels == IGNORED).all(dim=1).sum() == 10  # the task rows, which hold nothing to learn here
+
+
+def test_repeats_come_from_before_are_marked_and_hold_some_wrong_tokens() -> None:
+    rows = torch.arange(2048)[None].repeat(64, 1).int() + 3
+    made = Repeats(4096, torch.Generator().manual_seed(0)).into(rows)
+    wrong = made.read != made.true
+    assert 0.01 < wrong.sum() / made.copied.sum() < 0.05
+    assert not (wrong & ~made.copied).any()
+    assert 0.1 < made.copied.float().mean() < 0.4
+    for row, copied in zip(made.true.tolist(), made.copied.tolist(), strict=True):
+        known_from = [index for index, value in enumerate(copied) if value and row[index - 1] == row[index] - 1]
+        assert all(row[index] - 3 < index for index in known_from)  # the source of a repetition lies before it
+    border = made.copied[:, :-1] & ~made.copied[:, 1:]
+    assert not (border & made.known[:, 1:]).any()  # where a repetition ends, nobody can tell
+
+
+def test_random_tokens_are_learned_only_where_they_come_again() -> None:
+    rows = torch.full((64, 2048), 1, dtype=torch.int32)
+    made = Repeats(4096, torch.Generator().manual_seed(0)).into(rows)
+    noise = made.true != 1
+    assert 0.1 < noise.float().mean() < 0.5
+    assert (noise & made.copied).any()
+    assert not (noise & made.known & ~made.copied).any()
+
+
+def test_a_widened_model_computes_the_same_and_can_learn_more() -> None:
+    weights = {name: 0.1 * torch.randn(shape) for name, shape in tensor_shapes(CONFIG).items()}
+    wider = widened_config(CONFIG)
+    assert (wider.head_dim, wider.rope_theta) == (32, 1e8)
+    grown = {name: tensor.clone().requires_grad_() for name, tensor in widened(weights, CONFIG, seed=0).items()}
+    ids = torch.randint(3, 320, (200,))
+
+    def logits(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        model = Transformer(config, tensors)
+        return model.logits(model.forward(ids, torch.arange(200), CausalAttention(2)))
+
+    expected, out = logits(CONFIG, weights), logits(wider, grown)
+    torch.testing.assert_close(out, expected, atol=5e-3 * float(expected.std()), rtol=0)
+    torch.autograd.backward(out.square().mean())
+    new_queries = grown["model.layers.0.self_attn.q_proj.weight"].view(2, 2, 2, 8, 32)[:, :, 1]
+    assert not new_queries.any()
+    gradient = grown["model.layers.0.self_attn.q_proj.weight"].grad
+    assert gradient is not None
+    assert gradient.view(2, 2, 2, 8, 32)[:, :, 1].any()
+
+
+def test_training_goes_on_from_the_same_or_the_narrower_model_only(tmp_path: Path) -> None:
+    weights = {name: tensor.detach() for name, tensor in Parameters(CONFIG, device=CPU, seed=0).named().items()}
+    write_checkpoint(tmp_path, CONFIG, weights, tiny_tokenizer(320), [])
+    assert initial_weights(tmp_path, CONFIG, 0).keys() == weights.keys()
+    wider = widened_config(CONFIG)
+    assert {name: t.shape for name, t in initial_weights(tmp_path, wider, 0).items()} == tensor_shapes(wider)
+    with pytest.raises(InvalidArgument, match="another architecture"):
+        initial_weights(tmp_path, replace(CONFIG, num_heads=4), 0)
 
 
 def test_prepared_data_survives_the_disk(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.model import open_weights
 from hma_serve.train_demo.batches import BatchSource, Prepared, prepare
 from hma_serve.train_demo.card import Run, read_runs, write_card
 from hma_serve.train_demo.corpus import read_corpus
@@ -18,6 +17,7 @@ from hma_serve.train_demo.evaluate import evaluate, load
 from hma_serve.train_demo.export import write_checkpoint
 from hma_serve.train_demo.training import Schedule, train
 from hma_serve.train_demo.vocabulary import VOCABULARY, load_tokenizer
+from hma_serve.train_demo.widen import initial_weights
 
 DEMO_CONFIG = ModelConfig(
     vocab_size=VOCABULARY,
@@ -26,15 +26,15 @@ DEMO_CONFIG = ModelConfig(
     num_layers=8,
     num_heads=8,
     num_kv_heads=4,
-    head_dim=32,
+    head_dim=64,
     rms_norm_eps=1e-6,
-    rope_theta=100_000.0,
+    rope_theta=1e10,
     max_position_embeddings=4096,
     tie_word_embeddings=True,
     dtype="bfloat16",
 )
 
-_RECORDED = ("minutes", "peak", "short_share", "tokens_per_step", "seed")
+_RECORDED = ("minutes", "peak", "plateau_share", "short_length", "short_share", "tokens_per_step", "seed")
 """The options that a card repeats: those that shape the training, not where files lie."""
 
 
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", type=Path, metavar="DIR", help="go on from this checkpoint and its tokenizer")
     parser.add_argument("--minutes", type=float, default=8.0, help="training budget, compilation included")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on the learning rates")
-    parser.add_argument("--short-share", type=float, default=0.5, help="share of the budget on rows of 1,024 tokens")
+    parser.add_argument("--plateau-share", type=float, default=0.5, help="share of the budget before the rates decline")
+    parser.add_argument("--short-length", type=int, default=1024, help="row length at first, later 4,096")
+    parser.add_argument("--short-share", type=float, default=0.5, help="share of the budget on short rows")
     parser.add_argument("--tokens-per-step", type=int, default=1 << 17)
     parser.add_argument("--task-texts", type=int, default=100_000, help="generated task texts")
     parser.add_argument("--samples", type=int, default=100, help="evaluation prompts per task")
@@ -83,7 +85,14 @@ def main(arguments: list[str] | None = None) -> None:
 def _train(options: argparse.Namespace, prepared: Prepared) -> None:
     device = torch.device(options.device)
     source = BatchSource(prepared.books, prepared.tasks, vocabulary=VOCABULARY, device=device, seed=options.seed)
-    schedule = Schedule(options.minutes, options.tokens_per_step, options.peak, short_share=options.short_share)
+    schedule = Schedule(
+        options.minutes,
+        options.tokens_per_step,
+        options.peak,
+        short_length=options.short_length,
+        short_share=options.short_share,
+        plateau_share=options.plateau_share,
+    )
     outcome = train(
         DEMO_CONFIG,
         source,
@@ -91,7 +100,7 @@ def _train(options: argparse.Namespace, prepared: Prepared) -> None:
         device=device,
         compiled=not options.no_compile,
         seed=options.seed,
-        initial=dict(open_weights(options.init, DEMO_CONFIG, dtype=torch.float32)) if options.init else None,
+        initial=initial_weights(options.init, DEMO_CONFIG, options.seed) if options.init else None,
     )
     run = Run(
         corpus=prepared.corpus,

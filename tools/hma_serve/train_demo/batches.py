@@ -1,8 +1,7 @@
 """What the model sees: rows of book text, some with passages repeated inside them, and rows of task texts.
 
 Everything is drawn on the training device from two long token streams, so a step never waits for Python. Labels hold
-IGNORED wherever the next token cannot be known: arbitrary facts, and the first tokens of a repeated passage, before the
-model can have noticed that it is being repeated.
+IGNORED wherever the next token cannot be known: arbitrary facts, random tokens, and the borders of repeated passages.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import torch
 from tokenizers import Tokenizer
 
 from hma_serve.train_demo.corpus import read_corpus
+from hma_serve.train_demo.repeats import Repeats
 from hma_serve.train_demo.tasks import Passages, Segment, TaskWriter
 from hma_serve.train_demo.vocabulary import train_tokenizer
 
 IGNORED = -100
-_CUE_TOKENS = 6
-_SHORTEST_COPY = 16
-_SLOT = 160
+COPY_WEIGHT = 3.0
+"""How much a copied token counts: the few tokens after a cue, where copying must win over guessing, decide all."""
 
 Tokens = npt.NDArray[np.uint16]
 Learned = npt.NDArray[np.bool_]
@@ -140,6 +139,21 @@ def prepare(path: Path, texts: int, workers: int, tokenizer: Tokenizer | None = 
     return Prepared(tokenizer, books, tasks, path.name, sum(len(section.encode()) for section in corpus.train))
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows to learn from.
+
+    Attributes:
+        ids: int64 `[rows, length]`, what the model reads.
+        labels: int64 `[rows, length]`, the next token or IGNORED.
+        weights: float32 `[rows, length]`, how much each label counts.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
 class BatchSource:
     """Draws training rows on a device."""
 
@@ -148,59 +162,32 @@ class BatchSource:
         self._tasks = torch.from_numpy(tasks.tokens.astype(np.int32)).to(device)
         self._learned = torch.from_numpy(tasks.learned).to(device)
         self._starts = torch.from_numpy(tasks.starts).to(device)
-        self._vocabulary = vocabulary
         self._device = device
         self._random = torch.Generator(device).manual_seed(seed)
+        self._repeats = Repeats(vocabulary, self._random)
 
-    def draw(self, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One batch.
+    def draw(self, rows: int, length: int) -> Batch:
+        """One batch: 25 % of the rows tasks, 45 % books with repeated passages, 30 % plain books.
 
         Args:
-            rows: Sequences in the batch: 30 % tasks, 35 % books with repeated passages, 35 % plain books.
+            rows: Sequences in the batch.
             length: Tokens per sequence.
-
-        Returns:
-            Token ids and labels, int64 `[rows, length]`; a label is the next token or IGNORED.
         """
-        from_tasks, repeating = max(1, rows * 3 // 10), max(1, rows * 7 // 20)
+        from_tasks, repeating = max(1, rows // 4), max(1, rows * 9 // 20)
         books = self._window(self._books, self._below(len(self._books) - length - 1, rows - from_tasks), length)
-        known = torch.ones_like(books, dtype=torch.bool)
-        books[:repeating], known[:repeating] = self._with_repeats(books[:repeating])
+        repeated = self._repeats.into(books[:repeating])
         starts = self._starts[self._below(len(self._starts), from_tasks)].clamp(max=len(self._tasks) - length - 1)
-        tokens = torch.cat((books, self._window(self._tasks, starts, length))).long()
-        known = torch.cat((known, self._window(self._learned, starts, length)))
-        return tokens[:, :-1], torch.where(known, tokens, IGNORED)[:, 1:]
-
-    def _with_repeats(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Repeats earlier passages of each row in about half of its slots; a third of the rows contain random tokens.
-
-        Slots are filled from left to right and copy from anywhere before them, so every source is still intact, and
-        repetitions occur at every position and distance: a model must not learn to expect them late in a text only.
-        """
-        rows, length = tokens.shape
-        column = torch.arange(length, device=self._device)[None]
-        noisy_row = self._fraction(rows) < 1 / 3
-        noisy_slot = torch.rand(rows, -(-length // _SLOT), device=self._device, generator=self._random) < 1 / 4
-        noisy = noisy_slot.repeat_interleave(_SLOT, dim=1)[:, :length] & noisy_row[:, None]
-        noise = torch.randint(3, self._vocabulary, tokens.shape, device=self._device, generator=self._random)
-        tokens = torch.where(noisy, noise.int(), tokens)
-        known = ~(noisy | noisy.roll(1, dims=1))  # nor can the first token after random ones be known
-        for begin in range(_SLOT, length - _SLOT, _SLOT):
-            span = (_SHORTEST_COPY + self._fraction(rows) * (_SLOT - _SHORTEST_COPY)).long()[:, None]
-            target = begin + (self._fraction(rows)[:, None] * (_SLOT - span)).long()
-            source = (self._fraction(rows)[:, None] * (begin - span)).long()
-            chosen = self._fraction(rows)[:, None] < 1 / 2
-            in_target = (column >= target) & (column < target + span) & chosen
-            tokens = tokens.gather(1, torch.where(in_target, column - target + source, column))
-            after = (column == target + span) & chosen
-            known = torch.where(in_target, column >= target + _CUE_TOKENS, known & ~after)
-        return tokens, known
+        tasks = self._window(self._tasks, starts, length)
+        plain = torch.ones_like(books[repeating:], dtype=torch.bool)
+        read = torch.cat((repeated.read, books[repeating:], tasks)).long()
+        true = torch.cat((repeated.true, books[repeating:], tasks)).long()
+        known = torch.cat((repeated.known, plain, self._window(self._learned, starts, length)))
+        weights = torch.ones(true.shape, device=self._device)
+        weights[:repeating].masked_fill_(repeated.copied, COPY_WEIGHT)
+        return Batch(read[:, :-1], torch.where(known, true, IGNORED)[:, 1:], weights[:, 1:])
 
     def _window(self, stream: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
         return stream[starts[:, None] + torch.arange(length + 1, device=self._device)]
 
     def _below(self, limit: int, count: int) -> torch.Tensor:
         return torch.randint(max(1, limit), (count,), device=self._device, generator=self._random)
-
-    def _fraction(self, count: int) -> torch.Tensor:
-        return torch.rand(count, device=self._device, generator=self._random)

@@ -21,6 +21,9 @@ from hma_serve.train_demo.parameters import Parameters
 
 _LOG_EVERY = 100
 
+Objective = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Loss of ids, labels and weights `[rows, length]`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -93,14 +96,14 @@ def train(
     parameters = Parameters(config, device=device, seed=seed, initial=initial)
     muon = Muon(parameters.matrices)
     adam = torch.optim.AdamW(parameters.others, lr=schedule.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _objective(config, parameters, device)
+    loss_of: Objective = _objective(config, parameters, device)
     if compiled:
         loss_of = torch.compile(loss_of, dynamic=False)
     step = tokens = 0
     while (share := (time.monotonic() - began) / (60 * schedule.minutes)) < 1:
         length = schedule.length(share)
-        ids, labels = source.draw(max(4, schedule.tokens_per_step // length), length)
-        loss = loss_of(ids, labels)
+        batch = source.draw(max(4, schedule.tokens_per_step // length), length)
+        loss = loss_of(batch.ids, batch.labels, batch.weights)
         torch.autograd.backward(loss)
         rate = schedule.rate(share)
         muon.step(rate * schedule.matrix_rate)
@@ -109,7 +112,7 @@ def train(
         adam.step()
         for tensor in (*parameters.matrices, *parameters.others):
             tensor.grad = None
-        step, tokens = step + 1, tokens + ids.numel()
+        step, tokens = step + 1, tokens + batch.ids.numel()
         if step % _LOG_EVERY == 0 or step < 4:  # reading the loss also keeps the queue of launched work short
             seconds = time.monotonic() - began
             print(
@@ -122,14 +125,14 @@ def train(
 
 def _objective(
     config: ModelConfig, parameters: Parameters, device: torch.device
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> Objective:
     # BF16 products are what an accelerator is fast at and what most CPUs only emulate.
     working = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def linear(weight: torch.Tensor, site: LinearSite) -> Linear:
         return lambda x: functional.linear(x.to(working), weight.to(working))
 
-    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss(ids: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         rows, length = ids.shape
         model = Transformer(config, parameters.named(), linear=linear)
 
@@ -140,6 +143,7 @@ def _objective(
 
         positions = torch.arange(length, device=ids.device).repeat(rows)
         logits = model.logits(model.forward(ids.flatten(), positions, attention))
-        return functional.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED)
+        each = functional.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return (each * weights.flatten()).sum() / (weights * (labels != IGNORED)).sum()
 
     return loss
