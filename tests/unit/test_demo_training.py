@@ -144,7 +144,7 @@ def test_repeats_come_from_before_are_marked_and_hold_some_wrong_tokens() -> Non
     rows = torch.arange(2048)[None].repeat(64, 1).int() + 3
     made = Repeats(4096, torch.Generator().manual_seed(0)).into(rows)
     wrong = made.read != made.true
-    assert 0.01 < wrong.sum() / made.copied.sum() < 0.05
+    assert 0.05 < wrong.sum() / made.copied.sum() < 0.15
     assert not (wrong & ~made.copied).any()
     assert 0.1 < made.copied.float().mean() < 0.4
     for row, copied in zip(made.true.tolist(), made.copied.tolist(), strict=True):

@@ -34,7 +34,17 @@ DEMO_CONFIG = ModelConfig(
     dtype="bfloat16",
 )
 
-_RECORDED = ("minutes", "peak", "plateau_share", "short_length", "short_share", "tokens_per_step", "seed")
+_RECORDED = (
+    "minutes",
+    "peak",
+    "plateau_share",
+    "short_length",
+    "short_share",
+    "tokens_per_step",
+    "task_share",
+    "repeat_share",
+    "seed",
+)
 """The options that a card repeats: those that shape the training, not where files lie."""
 
 
@@ -51,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--short-length", type=int, default=1024, help="row length at first, later 4,096")
     parser.add_argument("--short-share", type=float, default=0.5, help="share of the budget on short rows")
     parser.add_argument("--tokens-per-step", type=int, default=1 << 17)
+    parser.add_argument("--task-share", type=float, default=0.25, help="share of the rows with task texts")
+    parser.add_argument("--repeat-share", type=float, default=0.45, help="share of the rows with repeated passages")
     parser.add_argument("--task-texts", type=int, default=100_000, help="generated task texts")
     parser.add_argument("--samples", type=int, default=100, help="evaluation prompts per task")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +96,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _train(options: argparse.Namespace, prepared: Prepared) -> None:
     device = torch.device(options.device)
-    source = BatchSource(prepared.books, prepared.tasks, vocabulary=VOCABULARY, device=device, seed=options.seed)
+    source = BatchSource(
+        prepared.books,
+        prepared.tasks,
+        vocabulary=VOCABULARY,
+        device=device,
+        seed=options.seed,
+        task_share=options.task_share,
+        repeat_share=options.repeat_share,
+    )
     schedule = Schedule(
         options.minutes,
         options.tokens_per_step,

@@ -157,7 +157,17 @@ class Batch:
 class BatchSource:
     """Draws training rows on a device."""
 
-    def __init__(self, books: Tokens, tasks: TaskStream, *, vocabulary: int, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        books: Tokens,
+        tasks: TaskStream,
+        *,
+        vocabulary: int,
+        device: torch.device,
+        seed: int,
+        task_share: float = 0.25,
+        repeat_share: float = 0.45,
+    ) -> None:
         self._books = torch.from_numpy(books.astype(np.int32)).to(device)
         self._tasks = torch.from_numpy(tasks.tokens.astype(np.int32)).to(device)
         self._learned = torch.from_numpy(tasks.learned).to(device)
@@ -165,15 +175,17 @@ class BatchSource:
         self._device = device
         self._random = torch.Generator(device).manual_seed(seed)
         self._repeats = Repeats(vocabulary, self._random)
+        self._task_share = task_share
+        self._repeat_share = repeat_share
 
     def draw(self, rows: int, length: int) -> Batch:
-        """One batch: 25 % of the rows tasks, 45 % books with repeated passages, 30 % plain books.
+        """One batch: rows of tasks, rows of books with repeated passages, rows of plain books.
 
         Args:
             rows: Sequences in the batch.
             length: Tokens per sequence.
         """
-        from_tasks, repeating = max(1, rows // 4), max(1, rows * 9 // 20)
+        from_tasks, repeating = max(1, int(rows * self._task_share)), max(1, int(rows * self._repeat_share))
         books = self._window(self._books, self._below(len(self._books) - length - 1, rows - from_tasks), length)
         repeated = self._repeats.into(books[:repeating])
         starts = self._starts[self._below(len(self._starts), from_tasks)].clamp(max=len(self._tasks) - length - 1)

@@ -31,6 +31,7 @@ class Run:
         tokens: Tokens seen, repetitions counted.
         seconds: Training time.
         device: What it ran on.
+        note: What its arguments do not say.
     """
 
     corpus: str
@@ -40,6 +41,7 @@ class Run:
     tokens: int
     seconds: float
     device: str
+    note: str = ""
 
 
 def metadata(runs: list[Run]) -> dict[str, str]:
@@ -66,7 +68,7 @@ def write_card(directory: Path, scores: Scores) -> None:
     measured = "\n".join(f"- {line}" for line in scores.lines())
     history = "\n".join(
         f"- {run.steps:,} steps, {run.tokens / 1e6:,.0f} M tokens, {run.seconds / 60:.1f} minutes on {run.device}: "
-        f"`python -m hma_serve.train_demo {run.arguments}`"
+        f"`python -m hma_serve.train_demo {run.arguments}`{f' ({run.note})' if run.note else ''}"
         for run in runs
     )
     (directory / "README.md").write_text(
@@ -92,8 +94,8 @@ takes simple chat turns. It knows nothing about the world: a demonstration and a
 ## Training
 
 Corpus: `{runs[-1].corpus}`, {runs[-1].corpus_bytes / 1e6:.1f} MB of public-domain English books, and generated
-in-context tasks (look-ups, recitals, short chats). 30 % of the rows are tasks; in 35 % passages of the book repeat.
-Tokens count repetitions. Steps: {sum(run.steps for run in runs):,} in all, in this order:
+in-context tasks (look-ups, recitals, short chats). Some rows are tasks, in some passages of the book repeat, some are
+plain. Tokens count repetitions. Steps: {sum(run.steps for run in runs):,} in all, in this order:
 
 {history}
 

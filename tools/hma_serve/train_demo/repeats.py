@@ -5,6 +5,7 @@ What makes a model copy well on its own, as opposed to one token at a time when 
 - It must commit after a few tokens of a passage, so passages come again often, from any distance.
 - One token must not be enough to know the place, so some passages are random tokens of a small alphabet, in which only
   several tokens together are unique.
+- The first tokens of a text are like no others to a model, so what opens a text is repeated more often than the rest.
 - A mistake must not end the copy, so some repeated tokens are replaced by wrong ones while the labels stay right.
 """
 
@@ -14,16 +15,17 @@ from dataclasses import dataclass
 
 import torch
 
-_SLOT = 96
+_SLOT = 64
 _SHORTEST = 16
 _CUE = 6
 _REPEATED = 0.8
-_NOISY_ROWS = 0.6
+_NOISY_ROWS = 0.4
 _NOISY_SLOTS = 0.35
 _ALPHABET = 24
 _WRONG_ROWS = 0.6
-_WRONG = 0.05
+_WRONG = 0.15
 _SETTLE = 4
+_OPENING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Repeats:
     def into(self, tokens: torch.Tensor) -> Repeated:
         """Repeats earlier passages of each row `[rows, length]` in most of its odd slots."""
         rows, length = tokens.shape
-        place = torch.arange(length, device=tokens.device) + self._below(2 * _SLOT, rows)[:, None]
+        offset = self._below(2 * _SLOT, rows) * (self._fraction(rows) > _OPENING)
+        place = torch.arange(length, device=tokens.device) + offset[:, None]
         tokens, known = self._with_noise(tokens, place // _SLOT)
         source, into_copy, span = self._sources(place, -(-(length + 2 * _SLOT) // (2 * _SLOT)))
         inside = (into_copy >= 0) & (into_copy < span)
@@ -75,6 +78,7 @@ class Repeats:
         begin = (self._fraction(rows, pairs) * (longest - span)).long()
         chosen = (self._fraction(rows, pairs) * (torch.arange(pairs, device=place.device) + 1)).long()
         source = 2 * _SLOT * chosen + (self._fraction(rows, pairs) * (_SLOT - span)).long() - offset
+        source = torch.where((self._fraction(rows, pairs) < _OPENING) & (offset == 0), 0, source)
         span = torch.where((self._fraction(rows, pairs) < _REPEATED) & (source >= 0), span, 0)
         pair, within = place // (2 * _SLOT), place % (2 * _SLOT) - _SLOT
         index = within - begin.gather(1, pair)
