@@ -1,8 +1,8 @@
 """How much a decode step suffers while another request's KV arrives at full speed, between real processes.
 
-One stream decodes all the time; its steps are timed by its client, from one token's arrival to the next, so that whatever
-delays a token counts. A producer beside it pushes KV as fast as the worker takes it, in turns with silence. The producer
-has the lowest priority: in a fleet it has a machine of its own, and its cycles are not what is measured.
+One stream decodes all the time; its steps are timed by its client, from one token's arrival to the next, so that
+whatever delays a token counts. A producer beside it pushes KV as fast as the worker takes it, in turns with silence.
+The producer has the lowest priority: in a fleet it has a machine of its own, and its cycles are not what is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,7 @@ class Producer:
 
     def __init__(self, channel: grpc.aio.Channel, config: ModelConfig, model: str) -> None:
         self._channel = channel
-        self._rope = kv_block_pb2.KvRope(
-            pairing=kv_block_pb2.KV_ROPE_PAIRING_HALF_SPLIT, theta=config.rope_theta
-        )
+        self._rope = kv_block_pb2.KvRope(pairing=kv_block_pb2.KV_ROPE_PAIRING_HALF_SPLIT, theta=config.rope_theta)
         self._layers = config.num_layers
         spec = codec(CODEC).spec()
         self._offer = decode_pb2.KvOffer(
@@ -162,7 +161,7 @@ async def _produce(address: str, model: str) -> None:
 async def gaps(tokens: AsyncIterator[float]) -> list[float]:
     """Seconds between so many tokens."""
     moments = [await anext(tokens) for _ in range(STEPS + 1)]
-    return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+    return [after - before for before, after in pairwise(moments)]
 
 
 async def arrivals(address: str) -> AsyncIterator[float]:

@@ -131,7 +131,9 @@ def test_every_label_continues_the_book_or_was_seen_before_in_its_row(length: in
     assert batch.ids.shape == batch.labels.shape == batch.weights.shape == (40, length)
     repeated_rows = 0
     for row, targets, weights in zip(batch.ids.tolist(), batch.labels.tolist(), batch.weights.tolist(), strict=True):
-        heavy = sum(weight == COPY_WEIGHT and target != IGNORED for weight, target in zip(weights, targets, strict=True))
+        heavy = sum(
+            weight == COPY_WEIGHT and target != IGNORED for weight, target in zip(weights, targets, strict=True)
+        )
         for index, (target, weight) in enumerate(zip(targets, weights, strict=True)):
             if target != IGNORED:
                 assert target in row[:index] if weight == COPY_WEIGHT else target == (row[index] + 1) % 4000
@@ -253,7 +255,7 @@ def test_the_written_checkpoint_is_read_back_with_its_history(tmp_path: Path) ->
     with open_weights(tmp_path, CONFIG, dtype=torch.bfloat16) as stored:
         assert all(torch.equal(stored[name], tensor.bfloat16()) for name, tensor in weights.items())
     assert read_runs(tmp_path) == runs
-    write_card(tmp_path, Scores(0.9, Copying(0.95, 0.5), Copying(1.0, 0.9), found=0.8, samples=10))
+    write_card(tmp_path, Scores(0.9, Copying(0.95, 0.5), Copying(1.0, 0.9), Copying(0.9, 0.4), found=0.8, samples=10))
     card = (tmp_path / "README.md").read_text()
     for stated in (
         "Steps: 3,000 in all",

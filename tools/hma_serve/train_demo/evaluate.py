@@ -19,11 +19,10 @@ from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.model import CausalAttention, Transformer, open_weights
 from hma_serve.train_demo.card import write_card
 from hma_serve.train_demo.corpus import Corpus, read_corpus
-from hma_serve.train_demo.scores import COPY_DISTANCE, COPY_TOKENS, Copying, Scores
+from hma_serve.train_demo.scores import COPY_DISTANCE, COPY_TOKENS, CUE_TOKENS, SHORT_CUE_TOKENS, Copying, Scores
 from hma_serve.train_demo.tasks import Passages, TaskWriter
 from hma_serve.train_demo.vocabulary import load_tokenizer
 
-_CUE_TOKENS = 8
 _WINDOW = 2048
 
 
@@ -32,11 +31,15 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, *, sample
     with torch.inference_mode():
         stream = _held_out_stream(tokenizer, corpus)
         generator = torch.Generator().manual_seed(seed)
-        prose = _copying(_copied(model, stream, generator, noise=False) for _ in range(samples))
-        noise = _copying(_copied(model, stream, generator, noise=True) for _ in range(samples))
+
+        def copying(cue: int, *, noise: bool) -> Copying:
+            return _copying(_copied(model, stream, generator, cue, noise=noise) for _ in range(samples))
+
+        prose, noise = copying(CUE_TOKENS, noise=False), copying(CUE_TOKENS, noise=True)
+        short_cue = copying(SHORT_CUE_TOKENS, noise=False)
         writer = TaskWriter(Passages.of(corpus.held_out), seed)
         found = _mean(_found(model, tokenizer, writer) for _ in range(samples))
-        return Scores(_nats_per_byte(model, tokenizer, corpus, samples), prose, noise, found, samples)
+        return Scores(_nats_per_byte(model, tokenizer, corpus, samples), prose, noise, short_cue, found, samples)
 
 
 def guided(model: Transformer, prompt: list[int], expected: list[int]) -> list[int]:
@@ -80,19 +83,20 @@ def _continued(model: Transformer, prompt: list[int], known: list[int], length: 
         pending, done = out[-1:], done + len(ids)
 
 
-def _copied(model: Transformer, stream: torch.Tensor, generator: torch.Generator, *, noise: bool) -> Copying:
-    """Copies one passage after its first eight tokens are given again."""
+def _copied(model: Transformer, stream: torch.Tensor, generator: torch.Generator, cue: int, *, noise: bool) -> Copying:
+    """Copies one passage after the `cue` tokens before it are given again."""
     start = int(torch.randint(len(stream) - COPY_DISTANCE, (1,), generator=generator))
     ids = stream[start : start + COPY_DISTANCE].clone()
-    passage = _CUE_TOKENS + COPY_TOKENS
+    passage = cue + COPY_TOKENS
     if noise:
         ids[:passage] = torch.randint(3, model.config.vocab_size, (passage,), generator=generator)
     tokens: list[int] = ids.tolist()
-    expected = tokens[_CUE_TOKENS:passage]
-    prompt = tokens + tokens[:_CUE_TOKENS]
-    return Copying(
-        _agreement(guided(model, prompt, expected), expected), _agreement(greedy(model, prompt, expected), expected)
-    )
+    expected = tokens[cue:passage]
+    prompt = tokens + tokens[:cue]
+    choices = guided(model, prompt, expected)
+    # Where every single step is right, going on alone takes the same steps.
+    alone = choices if choices == expected else greedy(model, prompt, expected)
+    return Copying(_agreement(choices, expected), _agreement(alone, expected))
 
 
 def _found(model: Transformer, tokenizer: Tokenizer, writer: TaskWriter) -> float:

@@ -123,9 +123,7 @@ def train(
     return Outcome(weights, step, tokens, time.monotonic() - began)
 
 
-def _objective(
-    config: ModelConfig, parameters: Parameters, device: torch.device
-) -> Objective:
+def _objective(config: ModelConfig, parameters: Parameters, device: torch.device) -> Objective:
     # BF16 products are what an accelerator is fast at and what most CPUs only emulate.
     working = torch.bfloat16 if device.type == "cuda" else torch.float32
 

@@ -73,6 +73,6 @@ def _rows(old: torch.Tensor, size: int, new: torch.Tensor) -> torch.Tensor:
 def _spread(old: torch.Tensor, size: int, new: torch.Tensor) -> torch.Tensor:
     """Puts the old halves of rotary pairs first in each half of the longer head."""
     dim = old.dim() - 2 if old.dim() > 1 else 0
-    first, second = old.split(size // 2, dim)
-    new_first, new_second = new.expand(old.shape).split(size // 2, dim)
+    first, second = old.chunk(2, dim)
+    new_first, new_second = new.expand(old.shape).chunk(2, dim)
     return torch.cat((first, new_first, second, new_second), dim)
