@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hma_serve.checkpoint import read_model_config
@@ -39,6 +40,39 @@ def test_every_tensor_is_read_once_and_progress_ends_at_the_total(tmp_path: Path
     assert len(seen) == len(tensor_shapes(config))
     assert seen == sorted(seen)
     assert seen[-1] == (config.parameter_count * 4, config.parameter_count * 4)
+
+
+def test_shards_are_opened_for_the_device_when_their_first_tensor_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny_checkpoint(tmp_path, shards=4, tied=False)
+    opens: list[tuple[str, str]] = []
+    reads: list[str] = []
+
+    class Recorded:
+        """A file of which only the asked tensors are read; there is no such device here."""
+
+        def __init__(self, file: Path, *, framework: str, device: str) -> None:
+            opens.append((file.name, device))
+            self._file = safe_open(file, framework=framework, device="cpu")
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            reads.append(name)
+            tensor: torch.Tensor = self._file.get_tensor(name)
+            return tensor
+
+    monkeypatch.setattr("hma_serve.model.weights.safe_open", Recorded)
+    with open_weights(path, read_model_config(path), device="cuda:1", dtype=torch.bfloat16) as weights:
+        names = list(weights)
+        assert opens == []
+        for count, name in enumerate(names[:4], start=1):
+            assert weights[name].dtype == torch.bfloat16
+            assert len(opens) == len(dict(opens)) == count
+        assert reads == names[:4]
+        for name in names[4:]:
+            weights[name]
+    assert sorted(opens) == [(f"model-{shard:05}-of-00004.safetensors", "cuda:1") for shard in (1, 2, 3, 4)]
+    assert reads == names
 
 
 def test_tensors_come_in_the_asked_dtype_and_outlive_the_files(tmp_path: Path) -> None:

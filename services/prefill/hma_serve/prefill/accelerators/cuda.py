@@ -26,6 +26,7 @@ from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore,
 from hma_serve.prefill.accelerators.causal import attend
 from hma_serve.prefill.accelerators.cuda_linear import CODES, GpuLinear, gpu_linear
 from hma_serve.prefill.accelerators.gpu_kv import GpuKv, Recorded
+from hma_serve.prefill.accelerators.gpu_memory import require_room
 from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, offset_tensor
 from hma_serve.prefill.kernels.quantize_rows import normed_rows, plain_rows, swiglu_rows
 from hma_serve.prefill.kernels.store_kv import CODECS, store_kv
@@ -33,7 +34,7 @@ from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.profiles import Profile
 
 DECODED_BYTES = 8 << 30
-"""Of decoded KV by default: 50,000 tokens of an 8B model."""
+"""Of decoded KV at most by default: 50,000 tokens of an 8B model; packed KV takes the rest of what weights leave."""
 
 
 class CudaAccelerator:
@@ -53,7 +54,8 @@ class CudaAccelerator:
         self.model = spec.shard.local(spec.model)
         self._layout = KvLayout.of(self.model, spec.profile)
         self._codecs = (quant.codec(spec.profile.k_codec), quant.codec(spec.profile.v_codec))
-        self._budget = DecodedBudget(spec.decoded_bytes or DECODED_BYTES)
+        left = require_room(self.model, spec.profile.weights, self._device)
+        self._budget = DecodedBudget(spec.decoded_bytes or min(DECODED_BYTES, left // 2))
         offsets = offset_tensor(spec)
         self._k_offsets = None if offsets is None else offsets.to(self._device)
         self._dtype = CODES[spec.profile.activations]
