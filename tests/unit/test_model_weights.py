@@ -58,7 +58,7 @@ def test_shards_are_opened_for_the_device_when_their_first_tensor_is_asked_for(
 
         def get_tensor(self, name: str) -> torch.Tensor:
             reads.append(name)
-            tensor: torch.Tensor = self._file.get_tensor(name)
+            tensor: torch.Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
             return tensor
 
     monkeypatch.setattr("hma_serve.model.weights.safe_open", Recorded)
