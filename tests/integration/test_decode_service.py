@@ -397,12 +397,12 @@ async def test_a_ticket_is_good_for_one_stream_of_one_attempt_and_each_other_use
 
 
 async def test_a_reservation_that_nobody_renews_is_swept_and_counted(client: Client, worker: Worker) -> None:
-    swept = await count(worker, "expired_tickets")
+    swept = await count(worker, "expired_tickets_total")
     call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
     await first(call)
     assert isinstance(await refusal(call.read()), Unavailable)
     await client.idle()
-    assert await count(worker, "expired_tickets") == swept + 1
+    assert await count(worker, "expired_tickets_total") == swept + 1
 
 
 async def test_acks_count_what_is_in_pages_and_credit_never_falls(client: Client) -> None:

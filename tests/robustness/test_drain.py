@@ -7,8 +7,8 @@ import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from hma_serve.client import AsyncClient
-from support.process_fleet import Process, ProcessFleet
+from hma_serve.client import AsyncClient, Completion
+from support.process_fleet import Process, ProcessFleet, eventually
 from support.sample_prompts import sample_prompt
 
 CLIENTS = 3
@@ -17,9 +17,9 @@ DRAIN_SECONDS = 90.0
 
 
 @asynccontextmanager
-async def load(fleet: ProcessFleet) -> AsyncIterator[list[int]]:
-    """Clients that ask all the time; yields the lengths of what they got. Any error of theirs is the test's."""
-    lengths: list[int] = []
+async def load(fleet: ProcessFleet) -> AsyncIterator[list[Completion]]:
+    """Clients that ask all the time; yields what they got. Any error of theirs is the test's."""
+    answers: list[Completion] = []
     over = asyncio.Event()
     seeds = itertools.count(10_000)
 
@@ -27,39 +27,45 @@ async def load(fleet: ProcessFleet) -> AsyncIterator[list[int]]:
         while not over.is_set():
             prompt = sample_prompt(100, next(seeds))
             stream = client.generate(prompt, max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
-            lengths.append(len((await stream.result()).token_ids))
+            answers.append(await stream.result())
 
     async with AsyncClient(fleet.routers) as client, asyncio.TaskGroup() as clients:
         for _ in range(CLIENTS):
             clients.create_task(ask(client))
         try:
-            yield lengths
+            yield answers
         finally:
             over.set()
 
 
 async def test_rolling_restarts_lose_no_request(fleet: ProcessFleet, restarts: int) -> None:
     await fleet.settled(prefill=2, decode=2)
-    async with load(fleet) as lengths:
+    async with load(fleet) as answers:
         for number in range(restarts):
             role = ("decode", "prefill", "router")[number % 3]
-            served = len(lengths)
             old = fleet.of(role)[0]
-            assert await drained(old) == 0, "".join(old.lines)[-3000:]
+            await drain(fleet, old)
+            served = len(answers)
             if role == "router":
                 fleet.restart_router(old)
             else:
                 fleet.start(role)
             await fleet.settled(prefill=2, decode=2)
             async with asyncio.timeout(DRAIN_SECONDS):
-                while len(lengths) == served:  # noqa: ASYNC110
+                while len(answers) == served:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-    assert len(lengths) > restarts
-    assert set(lengths) == {NEW_TOKENS}
+    assert len(answers) > restarts
+    assert {len(answer.token_ids) for answer in answers} == {NEW_TOKENS}
+    # Who leaves ends his streams himself.
+    assert sum(answer.usage.migrations for answer in answers) == 0
     await fleet.idle()
 
 
-async def drained(worker: Process) -> int:
-    """Tells a process to leave; its exit status."""
-    worker.terminate()
-    return await asyncio.to_thread(worker.process.wait, DRAIN_SECONDS)
+async def drain(fleet: ProcessFleet, leaving: Process) -> None:
+    """Tells a process to leave in the midst of its work; it must go well, and be in the registry no more."""
+    await eventually(lambda: leaving.metric("running_requests") > 0, f"nobody asks this {leaving.role}")
+    assert leaving.grpc in fleet.registered()
+    leaving.terminate()
+    status = await asyncio.to_thread(leaving.process.wait, DRAIN_SECONDS)
+    assert status == 0, "".join(leaving.lines)[-3000:]
+    assert leaving.grpc not in fleet.registered()

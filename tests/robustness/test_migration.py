@@ -8,44 +8,55 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
 
 from hma_serve.client import AsyncClient, Completion
+from hma_serve.core.groups import packed_tokens
 from support.process_fleet import Process, ProcessFleet, eventually
 from support.sample_prompts import sample_prompt
 
 NEW_TOKENS = 240
 BYSTANDERS = 2
+LOCAL_TOKENS = 30
+"""A prompt so short that no prefill worker sees it."""
 
 
 async def test_a_decode_killed_in_mid_stream(fleet: ProcessFleet, trials: int) -> None:
     for seed in range(trials):
         draw = random.Random(seed)
-        prompt = sample_prompt(draw.randrange(40, 400), seed)
+        prompt, short = sample_prompt(draw.randrange(40, 400), seed), sample_prompt(LOCAL_TOKENS, 1000 + seed)
         await fleet.settled(prefill=2, decode=2)
+        before = Counts(fleet)
         async with AsyncClient(fleet.routers) as client:
-            others = [asyncio.create_task(ask(client, sample_prompt(60, 1000 + seed))) for _ in range(BYSTANDERS)]
-            stream = client.generate(prompt, max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
-            before, seen = sum_of(fleet, "migrations_total"), 0
-            kill_at: int | None = draw.randrange(1, 60)
-            async for delta in stream:
-                seen += len(delta.token_ids)
-                if kill_at is not None and seen >= kill_at:
-                    await asyncio.to_thread(kill_one, fleet, "decode", running)
-                    fleet.start("decode")
-                    kill_at = None
-            answer = await stream.result()
+            others = [asyncio.create_task(ask(client, short)) for _ in range(BYSTANDERS)]
+            answer = await streamed_through_a_kill(fleet, client, prompt, draw.randrange(1, 60), before)
             company = await asyncio.gather(*others)
             await fleet.settled(prefill=2, decode=2)
             await fleet.idle()
-            assert answer.token_ids == (await ask(client, prompt)).token_ids
-            assert company[0].token_ids == (await ask(client, sample_prompt(60, 1000 + seed))).token_ids
-            assert all(other.token_ids == company[0].token_ids for other in company)
+            # Computed once, and pushed again out of the cache of the worker that had computed it.
+            assert before.grown("prefill", "tokens_total") == packed_tokens(len(prompt))
+            assert before.grown("prefill", "cached_tokens_total") == packed_tokens(len(prompt))
+            faultless, short_faultless = await asyncio.gather(ask(client, prompt), ask(client, short))
+        assert answer.token_ids == faultless.token_ids
+        assert {other.token_ids for other in company} == {short_faultless.token_ids}
         assert answer.usage.completion_tokens == len(answer.token_ids) == NEW_TOKENS
-        moved = answer.usage.migrations + sum(other.usage.migrations for other in company)
-        # Somebody was on the worker that died, and each of them says so.
-        assert moved >= 1
-        assert sum_of(fleet, "migrations_total") - before == moved
+        assert answer.usage.migrations == 1
+        moved = 1 + sum(other.usage.migrations for other in company)
+        assert before.grown("router", "migrations_total") == moved
+
+
+async def streamed_through_a_kill(
+    fleet: ProcessFleet, client: AsyncClient, prompt: list[int], tokens: int, before: Counts
+) -> Completion:
+    """Asks, and kills the decode worker that answers once so many tokens have come; a new one takes its place."""
+    stream = client.generate(prompt, max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+    seen, victim = 0, None
+    async for delta in stream:
+        seen += len(delta.token_ids)
+        if victim is None and seen >= tokens:
+            (victim,) = [worker for worker in fleet.of("decode") if before.grown_at(worker, "kv_received_bytes_total")]
+            await asyncio.to_thread(victim.kill)
+            fleet.start("decode")
+    return await stream.result()
 
 
 async def test_a_prefill_killed_in_mid_transfer(fleet: ProcessFleet, trials: int) -> None:
@@ -53,40 +64,43 @@ async def test_a_prefill_killed_in_mid_transfer(fleet: ProcessFleet, trials: int
         draw = random.Random(100 + seed)
         prompt = sample_prompt(draw.randrange(1200, 1800), 100 + seed)
         await fleet.settled(prefill=2, decode=2)
-        sent = {worker.http: worker.metric("kv_sent_bytes_total") for worker in fleet.of("prefill")}
-        retries = sum_of(fleet, 'retries_total{leg="prefill"}') + sum_of(fleet, 'retries_total{leg="decode"}')
+        before = Counts(fleet)
+
+        def sending(before: Counts = before) -> list[Process]:
+            workers = fleet.of("prefill")
+            return [w for w in workers if before.grown_at(w, "kv_sent_bytes_total") and w.metric("running_requests")]
+
         async with AsyncClient(fleet.routers) as client:
             asking = asyncio.create_task(ask(client, prompt, new_tokens=40))
-
-            def sending(worker: Process, sent: dict[str, float] = sent) -> bool:
-                return worker.metric("kv_sent_bytes_total") > sent[worker.http] and bool(running(worker))
-
-            await eventually(lambda: any(map(sending, fleet.of("prefill"))), "no prefill worker sends")
-            await asyncio.to_thread(kill_one, fleet, "prefill", sending)
+            await eventually(lambda: bool(sending()), "no prefill worker sends")
+            (victim,) = await asyncio.to_thread(sending)
+            await asyncio.to_thread(victim.kill)
             fleet.start("prefill")
             answer = await asking
-            again = sum_of(fleet, 'retries_total{leg="prefill"}') + sum_of(fleet, 'retries_total{leg="decode"}')
-            assert again > retries
             await fleet.settled(prefill=2, decode=2)
             await fleet.idle()
-            assert answer.token_ids == (await ask(client, prompt, new_tokens=40)).token_ids
+            faultless = await ask(client, prompt, new_tokens=40)
+        assert answer.token_ids == faultless.token_ids
         # Before the first token it is a new attempt, not a migration.
+        assert before.grown("router", 'retries_total{leg="prefill"}', 'retries_total{leg="decode"}') >= 1
         assert answer.usage.migrations == 0
+
+
+class Counts:
+    """What the counters of a fleet said at a moment; a worker that came later began at 0."""
+
+    def __init__(self, fleet: ProcessFleet) -> None:
+        self._fleet = fleet
+        self._before = {process.process.pid: process.metrics() for process in fleet.processes if process.alive}
+
+    def grown_at(self, process: Process, counter: str) -> float:
+        """By how much one process's counter has grown."""
+        return process.metric(counter) - self._before.get(process.process.pid, {}).get(counter, 0.0)
+
+    def grown(self, role: str, *counters: str) -> float:
+        """By how much counters have grown, over all that live of a role."""
+        return sum(self.grown_at(process, counter) for process in self._fleet.of(role) for counter in counters)
 
 
 async def ask(client: AsyncClient, prompt: list[int], *, new_tokens: int = NEW_TOKENS) -> Completion:
     return await client.generate(prompt, max_tokens=new_tokens, temperature=0, ignore_eos=True).result()
-
-
-def running(worker: Process) -> bool:
-    return worker.metric("running_requests") > 0
-
-
-def kill_one(fleet: ProcessFleet, role: str, victim: Callable[[Process], bool]) -> None:
-    """Kills the first worker that is in the midst of it."""
-    next(worker for worker in fleet.of(role) if victim(worker)).kill()
-
-
-def sum_of(fleet: ProcessFleet, counter: str) -> float:
-    """Of a counter over all routers."""
-    return sum(router.metric(counter) for router in fleet.of("router"))

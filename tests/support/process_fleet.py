@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx
 
+from hma_serve.registry import PREFIX, decode_record, open_store
 from support.cluster import command, descendants, environment, free_port, survivors
 from support.etcd_server import EtcdServer
 
@@ -75,9 +76,13 @@ class Process:
 
     def metric(self, name: str) -> float:
         """The value of a metric, labels and all; 0 if nothing has been counted yet."""
+        return self.metrics().get(name, 0.0)
+
+    def metrics(self) -> dict[str, float]:
+        """All metrics of this role by their names after `hma_<role>_`, labels and all."""
         text = httpx.get(f"http://{self.http}/metrics", timeout=20).text
-        found = re.search(rf"^hma_{self.role}_{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return float(found[1]) if found else 0.0
+        found = re.findall(rf"^hma_{self.role}_(.+) (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
 
 
 class ProcessFleet:
@@ -127,6 +132,15 @@ class ProcessFleet:
     def url(self) -> str:
         """Of the first router's HTTP API."""
         return f"http://{self.of('router')[0].http}"
+
+    def registered(self) -> set[str]:
+        """gRPC addresses of all that the registry knows."""
+        store = open_store(self._etcd)
+        try:
+            records = store.list(PREFIX, 10).entries
+            return {decode_record(entry.value).address for entry in records}
+        finally:
+            store.close()
 
     async def settled(self, *, prefill: int, decode: int) -> None:
         """Waits until every router can reach exactly so many workers and answers that it is ready."""

@@ -173,8 +173,8 @@ class DecodeMetrics:
     wait_seconds: Histogram
     kv_received_bytes: Counter
     pushes_refused: Counter
-    late_blocks: Gauge
-    expired_tickets: Gauge
+    late_blocks: Counter
+    expired_tickets: Counter
     running: Gauge
     waiting: Gauge
     kv_used_tokens: Gauge
@@ -209,8 +209,8 @@ def decode_metrics(registry: CollectorRegistry = REGISTRY) -> DecodeMetrics:
         pushes_refused=counter(
             "pushes_refused_total", "KV streams refused, by the broken rule or the error's code.", "rule"
         ),
-        late_blocks=gauge("late_blocks", "KV blocks dropped since the start because their ticket was gone."),
-        expired_tickets=gauge("expired_tickets", "Reservations swept since the start because nobody renewed them."),
+        late_blocks=counter("late_blocks_total", "KV blocks dropped because their ticket was gone when they came."),
+        expired_tickets=counter("expired_tickets_total", "Reservations swept because nobody renewed them."),
         running=gauge("running_requests", "Requests in the batch."),
         waiting=gauge("waiting_requests", "Requests that hold pages and wait for their KV."),
         kv_used_tokens=gauge("kv_used_tokens", "Held KV memory, in unquantised tokens."),

@@ -153,7 +153,9 @@ class _Worker:
             await end
 
     def _take_load(self, load: decode_engine_pb2.DecodeEngineLoad) -> None:
-        self._load.engine = load
+        before, self._load.engine = self._load.engine, load
+        self._metrics.late_blocks.inc(load.late_blocks - before.late_blocks)
+        self._metrics.expired_tickets.inc(load.expired_tickets - before.expired_tickets)
         self._load.notify()
 
     def _info(
@@ -183,8 +185,6 @@ def _show_load(metrics: DecodeMetrics, load: Load) -> None:
     metrics.kv_capacity_tokens.set(load.kv_capacity_tokens)
     metrics.step_seconds.set_function(lambda: load.engine.step_seconds)
     metrics.steps.set_function(lambda: load.engine.steps)
-    metrics.late_blocks.set_function(lambda: load.engine.late_blocks)
-    metrics.expired_tickets.set_function(lambda: load.engine.expired_tickets)
 
 
 if __name__ == "__main__":
