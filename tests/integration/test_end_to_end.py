@@ -8,6 +8,7 @@ import asyncio
 import random
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 import transformers
 
 from hma_serve.checkpoint import resolve_checkpoint
-from hma_serve.v1 import inference_pb2, inference_pb2_grpc
+from hma_serve.client import AsyncClient
+from hma_serve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from support.cluster import Cluster, running_cluster
 from support.reference import reference_generate
 
@@ -127,6 +129,90 @@ async def test_grpc_and_http_give_the_same_text(exact_cluster: Cluster) -> None:
     assert events[-1].WhichOneof("event") == "finished"
     assert events[-1].finished.usage.completion_tokens == 16
     assert "".join(event.delta.text for event in events) == text
+
+
+Answer = list[tuple[list[int], str, list[list[float]]]]
+"""Per completion its tokens, why it ended, and each token's logprob, followed by those of the likeliest."""
+
+
+async def by_http(cluster: Cluster, prompt: list[int], options: dict[str, Any]) -> Answer:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
+        response = await client.post("/v1/completions", json=options | {"prompt": prompt, "return_token_ids": True})
+    assert response.status_code == 200, response.text
+    answer = []
+    for choice in response.json()["choices"]:
+        given = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
+        tops = [sorted(top.values(), reverse=True) for top in given["top_logprobs"]]
+        logprobs = [[chosen, *top] for chosen, top in zip(given["token_logprobs"], tops, strict=True)]
+        answer.append((choice["token_ids"], choice["finish_reason"], logprobs))
+    return answer
+
+
+async def by_grpc(cluster: Cluster, prompt: list[int], options: dict[str, Any]) -> Answer:
+    stop = {name: options[name] for name in options if name in common_pb2.StopConditions.DESCRIPTOR.fields_by_name}
+    sampling = {name: options[name] for name in options if name in common_pb2.SamplingParams.DESCRIPTOR.fields_by_name}
+    request = inference_pb2.GenerateRequest(
+        token_ids=common_pb2.TokenIds(ids=prompt),
+        n=options.get("n", 1),
+        stop=common_pb2.StopConditions(**stop),
+        sampling=common_pb2.SamplingParams(**sampling),
+    )
+    answer: Answer = [([], "", []) for _ in range(max(1, request.n))]
+    async with grpc.aio.insecure_channel(cluster.grpc_address) as channel:
+        async for event in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60):
+            delta, end = event.delta, event.finished
+            answer[delta.index][0].extend(delta.token_ids)
+            for each in delta.logprobs:
+                answer[delta.index][2].append([each.chosen.logprob, *(top.logprob for top in each.top)])
+            if event.HasField("finished"):
+                reason = common_pb2.FinishReason.Name(end.reason).removeprefix("FINISH_REASON_").lower()
+                answer[end.index] = (answer[end.index][0], reason, answer[end.index][2])
+    return answer
+
+
+async def by_sdk(cluster: Cluster, prompt: list[int], options: dict[str, Any]) -> Answer:
+    async with AsyncClient(cluster.grpc_address) as client:
+        completion = await client.generate(prompt, **options).result()
+    return [
+        (
+            list(choice.token_ids),
+            choice.finish_reason,
+            [[each.chosen.logprob, *(top.logprob for top in each.top)] for each in choice.logprobs],
+        )
+        for choice in completion.choices
+    ]
+
+
+async def test_every_option_means_the_same_at_every_door(exact_cluster: Cluster) -> None:
+    async def ask(**options: Any) -> Answer:
+        answer, *others = [await door(exact_cluster, prompt, options) for door in (by_http, by_grpc, by_sdk)]
+        for other in others:
+            assert [each[:2] for each in other] == [each[:2] for each in answer]
+            for (*_, theirs), (*_, ours) in zip(other, answer, strict=True):
+                assert list(chain(*theirs)) == pytest.approx(list(chain(*ours)), abs=1e-4)
+        return answer
+
+    prompt = prompts()[13]
+    ((free, _, _),) = await ask(max_tokens=12, temperature=0.0, ignore_eos=True)
+    # A token that the text has said before the fifth is where it may end, and must not end before the sixth.
+    end = free[3]
+    ((stopped, reason, _),) = await ask(max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=[end])
+    assert (stopped, reason) == (free[: free.index(end)], "stop")
+    ((later, _, _),) = await ask(max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=[end], min_tokens=6)
+    assert len(later) >= 6
+    assert end not in later
+    # Whatever the model would say, the end of the text is likelier: unless it is ignored, nothing is said.
+    ends = {"max_tokens": 5, "temperature": 0.0, "logit_bias": {0: 100.0}}
+    assert await ask(**ends) == [([], "stop", [])]
+    assert await ask(**ends, ignore_eos=True) == [([0] * 5, "length", [])]
+    several = await ask(max_tokens=6, temperature=0.9, seed=5, n=3, logprobs=4, ignore_eos=True)
+    assert len({tuple(tokens) for tokens, *_ in several}) == 3
+    for tokens, reason, logprobs in several:
+        assert (len(tokens), reason) == (6, "length")
+        for chosen, *top in logprobs:
+            assert len(top) == 4
+            assert top == sorted(top, reverse=True)
+            assert chosen <= top[0]
 
 
 async def test_a_streamed_answer_equals_the_whole_one(exact_cluster: Cluster) -> None:
