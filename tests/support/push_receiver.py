@@ -23,6 +23,8 @@ class Received:
     ticket: bytes
     epoch: int
     plan: StreamPlan
+    reader: StreamReader
+    resumed: int = 0
     blocks: int = 0
     sizes: list[int] = field(default_factory=list)
     packed: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Behaviour:
         stall_at: Never acknowledge, from this block on.
         hang_up_at: End the call after this block.
         silent: Never answer at all.
+        forgets: Know nothing of a stream that is resumed.
         accepted: Replaces the acceptance.
         ack: Replaces the first acknowledgement.
         committed: Replaces the commit.
@@ -58,6 +61,7 @@ class Behaviour:
     stall_at: int | None = None
     hang_up_at: int | None = None
     silent: bool = False
+    forgets: bool = False
     accepted: pb.PushAccepted | None = None
     ack: pb.PushAck | None = None
     committed: pb.PushCommitted | None = None
@@ -121,8 +125,13 @@ class PushReceiver(grpc.GenericRpcHandler):
     ) -> AsyncIterator[pb.PushResponse]:
         opening = decode_frame(await anext(frames))[0].open
         how = self.by_ticket.get(opening.ticket, self.behaviour)
-        stream = Received(opening.ticket, opening.epoch, validate_manifest(opening.manifest))
-        self.streams.append(stream)
+        stream = next((one for one in self.streams if one.ticket == opening.ticket), None) if opening.resume else None
+        if stream is None or how.forgets:
+            plan = validate_manifest(opening.manifest)
+            reader = StreamReader(plan, opening.ticket, opening.epoch)
+            stream = Received(opening.ticket, opening.epoch, plan, reader)
+            self.streams.append(stream)
+        stream.resumed += opening.resume
         await self._notify()
         try:
             async for response in self._receive(stream, how, frames):
@@ -141,10 +150,13 @@ class PushReceiver(grpc.GenericRpcHandler):
         yield pb.PushResponse(
             accepted=how.accepted
             or pb.PushAccepted(
-                transport=pb.TRANSPORT_GRPC, max_message_bytes=MAX_MESSAGE_BYTES, credit_bytes=how.window
+                transport=pb.TRANSPORT_GRPC,
+                max_message_bytes=MAX_MESSAGE_BYTES,
+                credit_bytes=stream.reader.payload_bytes + how.window,
+                blocks=stream.reader.received,
             )
         )
-        reader = StreamReader(stream.plan, stream.ticket, stream.epoch)
+        reader = stream.reader
         async for frame in frames:
             header, payload = decode_frame(frame)
             if header.HasField("end"):

@@ -14,11 +14,13 @@ from hma_serve.ipc import Arena
 from hma_serve.kvblock import build_manifest, codec
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
+from hma_serve.prefill.push_stream import Patience
 from hma_serve.prefill.streamer import Destination, Streamer, Transfers
 from hma_serve.rpc import ChannelCache
 from hma_serve.v1 import common_pb2, kv_transfer_pb2
 from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KvManifest, KvRope
 from support.push_receiver import Behaviour, PushReceiver
+from support.tcp_proxy import TcpProxy
 
 HEADS, HEAD_DIM, LAYERS, TOKENS = 2, 32, 3, 128
 UNIT = 32 * HEAD_DIM * 4
@@ -85,8 +87,10 @@ class Sender:
         self.arena, self.channels, self.address = arena, channels, address
         self.guard = Guard(PATIENT)
 
-    def streamer(self, *, stall: float = PATIENT, token_start: int = 0, ticket: bytes = TICKET) -> Streamer:
-        transfers = Transfers(self.channels, self.arena, LAYOUT, manifest, stall)
+    def streamer(
+        self, *, stall: float = PATIENT, resume: float = 0.0, token_start: int = 0, ticket: bytes = TICKET
+    ) -> Streamer:
+        transfers = Transfers(self.channels, self.arena, LAYOUT, manifest, Patience(stall, resume))
         return Streamer(
             transfers,
             Destination(self.address, ticket, 4),
@@ -96,8 +100,8 @@ class Sender:
             trace=common_pb2.TraceContext(),
         )
 
-    async def send_all(self, *, stall: float = PATIENT) -> int:
-        async with self.streamer(stall=stall) as streamer:
+    async def send_all(self, *, stall: float = PATIENT, resume: float = 0.0) -> int:
+        async with self.streamer(stall=stall, resume=resume) as streamer:
             for layer in range(LAYERS):
                 await streamer.send_layer(layer_done(layer))
             await streamer.commit()
@@ -283,3 +287,56 @@ async def test_cancelling_ends_the_call(sender: Sender, receiver: PushReceiver) 
     assert sender.channel_users == 0
     async with asyncio.timeout(5):
         await receiver.streams[0].ended.wait()
+
+
+async def through_a_cut(
+    arena: Arena, channels: ChannelCache, receiver: PushReceiver, how: Behaviour, *, healed: bool = True
+) -> int:
+    """Sends everything; the connection is cut when the receiver holds three blocks and has acknowledged two."""
+    receiver.behaviour = how
+    host, _, port = receiver.address.rpartition(":")
+    with TcpProxy((host, int(port))) as proxy:
+        sender = Sender(arena, channels, f"127.0.0.1:{proxy.port}")
+        sending = asyncio.create_task(sender.send_all(resume=PATIENT if healed else STALL))
+        await receiver.stream(TICKET, blocks=3)
+        proxy.cut()
+        await receiver.streams[0].ended.wait()
+        how.stall_at = None
+        if healed:
+            proxy.heal()
+        return await sending
+
+
+async def test_a_lost_stream_goes_on_after_the_last_block_that_arrived(
+    arena: Arena, channels: ChannelCache, receiver: PushReceiver
+) -> None:
+    sent = await through_a_cut(arena, channels, receiver, Behaviour(window=4 * UNIT, stall_at=3))
+    check_arrived(receiver, arena)
+    (stream,) = receiver.streams
+    assert stream.resumed >= 1
+    # Nothing travelled twice that had arrived, and nothing counts twice.
+    assert sum(stream.sizes) == sent == LAYERS * LAYOUT.layer_bytes(TOKENS)
+
+
+async def test_a_receiver_that_has_lost_what_it_acknowledged_ends_the_request(
+    arena: Arena, channels: ChannelCache, receiver: PushReceiver
+) -> None:
+    with pytest.raises(Unavailable, match=r"has 0 of the 2 blocks that it acknowledged"):
+        await through_a_cut(arena, channels, receiver, Behaviour(window=4 * UNIT, stall_at=3, forgets=True))
+
+
+async def test_a_stream_that_cannot_go_on_in_time_ends_the_request(
+    arena: Arena, channels: ChannelCache, receiver: PushReceiver
+) -> None:
+    with pytest.raises(Unavailable, match="decode at"):
+        await through_a_cut(arena, channels, receiver, Behaviour(window=4 * UNIT, stall_at=3), healed=False)
+    assert sum(channels._users.values()) == 0
+
+
+async def test_what_is_kept_for_a_lost_stream_is_bounded_by_the_credit(sender: Sender, receiver: PushReceiver) -> None:
+    receiver.behaviour = Behaviour(window=5 * UNIT)
+    async with sender.streamer() as streamer:
+        for layer in range(LAYERS):
+            await streamer.send_layer(layer_done(layer))
+            assert streamer._stream.kept_bytes <= 5 * UNIT
+        await streamer.commit()

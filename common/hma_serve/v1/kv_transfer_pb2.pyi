@@ -104,9 +104,12 @@ class PushOpen(_message.Message):
     TRANSPORTS_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """16 bytes, from the ticket."""
     epoch: _builtins.int
+    resume: _builtins.bool
+    """Go on after a lost connection. The producer still has every block that was not acknowledged."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___Transport.ValueType]:
         """Offered, best first. The receiver picks one."""
@@ -123,10 +126,11 @@ class PushOpen(_message.Message):
         transports: _abc.Iterable[Global___Transport.ValueType] | None = ...,
         manifest: _kv_block_pb2.KvManifest | None = ...,
         trace: _common_pb2.TraceContext | None = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "manifest", b"manifest", "ticket", b"ticket", "trace", b"trace", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "manifest", b"manifest", "resume", b"resume", "ticket", b"ticket", "trace", b"trace", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -138,7 +142,7 @@ class PushEnd(_message.Message):
 
     BLOCKS_FIELD_NUMBER: _builtins.int
     blocks: _builtins.int
-    """Blocks sent on this stream, for the receiver to compare."""
+    """Blocks sent on this stream, over all its calls, for the receiver to compare."""
     def __init__(
         self,
         *,
@@ -193,20 +197,26 @@ class PushAccepted(_message.Message):
     TRANSPORT_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     CREDIT_BYTES_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
     transport: Global___Transport.ValueType
     max_message_bytes: _builtins.int
     credit_bytes: _builtins.int
     """Payload bytes that may be sent in total until an ack raises it."""
+    blocks: _builtins.int
+    """Blocks 0 .. blocks-1 are here, and the next one to send is `blocks`; 0 unless the stream is resumed. Counts of blocks
+    and bytes, credit among them, go on where they were.
+    """
     def __init__(
         self,
         *,
         transport: Global___Transport.ValueType = ...,
         max_message_bytes: _builtins.int = ...,
         credit_bytes: _builtins.int = ...,
+        blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_bytes", b"credit_bytes", "max_message_bytes", b"max_message_bytes", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "credit_bytes", b"credit_bytes", "max_message_bytes", b"max_message_bytes", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,7 +48,8 @@ class KvTransferServicer:
 
     def Push(self, request_iterator, context):
         """open -> accepted (with credit) -> blocks <-> acks (with more credit) -> end -> committed. A refusal ends the stream
-        with one Refused; nothing of a refused stream is ever read by attention.
+        with one Refused; nothing of a refused stream is ever read by attention. A stream whose connection is lost may go on
+        in another call: the same ticket, attempt and manifest, with `resume` set, from the first block that is not there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class KvTransferStub:
     def __new__(cls, channel: _aio.Channel) -> KvTransferAsyncStub: ...
     Push: _grpc.StreamStreamMultiCallable[_kv_transfer_pb2.PushRequest, _kv_transfer_pb2.PushResponse]
     """open -> accepted (with credit) -> blocks <-> acks (with more credit) -> end -> committed. A refusal ends the stream
-    with one Refused; nothing of a refused stream is ever read by attention.
+    with one Refused; nothing of a refused stream is ever read by attention. A stream whose connection is lost may go on
+    in another call: the same ticket, attempt and manifest, with `resume` set, from the first block that is not there.
     """
 
 @_typing.type_check_only
@@ -45,7 +46,8 @@ class KvTransferAsyncStub(KvTransferStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Push: _aio.StreamStreamMultiCallable[_kv_transfer_pb2.PushRequest, _kv_transfer_pb2.PushResponse]  # type: ignore[assignment]
     """open -> accepted (with credit) -> blocks <-> acks (with more credit) -> end -> committed. A refusal ends the stream
-    with one Refused; nothing of a refused stream is ever read by attention.
+    with one Refused; nothing of a refused stream is ever read by attention. A stream whose connection is lost may go on
+    in another call: the same ticket, attempt and manifest, with `resume` set, from the first block that is not there.
     """
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +60,8 @@ class KvTransferServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_transfer_pb2.PushResponse], _abc.AsyncIterator[_kv_transfer_pb2.PushResponse]]:
         """open -> accepted (with credit) -> blocks <-> acks (with more credit) -> end -> committed. A refusal ends the stream
-        with one Refused; nothing of a refused stream is ever read by attention.
+        with one Refused; nothing of a refused stream is ever read by attention. A stream whose connection is lost may go on
+        in another call: the same ticket, attempt and manifest, with `resume` set, from the first block that is not there.
         """
 
 def add_KvTransferServicer_to_server(servicer: KvTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,7 +28,7 @@ from hma_serve.v1 import kv_block_pb2 as hma__serve_dot_v1_dot_kv__block__pb2
 from hma_serve.v1 import worker_pb2 as hma__serve_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)hma_serve/internal/v1/decode_engine.proto\x12\x15hma_serve.internal.v1\x1a\x19hma_serve/v1/common.proto\x1a\x19hma_serve/v1/decode.proto\x1a\x1bhma_serve/v1/kv_block.proto\x1a\x19hma_serve/v1/worker.proto\"\xde\x03\n\x13\x44\x65\x63odeEngineCommand\x12\x33\n\x05\x61\x64mit\x18\x01 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeAdmitH\x00\x12\x33\n\x05\x63lose\x18\x02 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeCloseH\x00\x12\x39\n\x06\x65xtend\x18\x03 \x01(\x0b\x32\'.hma_serve.internal.v1.DecodeTicketCallH\x00\x12:\n\x07release\x18\x04 \x01(\x0b\x32\'.hma_serve.internal.v1.DecodeTicketCallH\x00\x12\x35\n\x06\x61ttach\x18\x05 \x01(\x0b\x32#.hma_serve.internal.v1.DecodeAttachH\x00\x12\x33\n\x05\x62lock\x18\x06 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeBlockH\x00\x12\x38\n\x08\x65nd_push\x18\x07 \x01(\x0b\x32$.hma_serve.internal.v1.DecodeEndPushH\x00\x12\x35\n\x06\x64\x65tach\x18\x08 \x01(\x0b\x32#.hma_serve.internal.v1.DecodeDetachH\x00\x42\t\n\x07\x63ommand\"\xe5\x02\n\x0b\x44\x65\x63odeAdmit\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x04 \x03(\r\x12\x15\n\rpacked_tokens\x18\x05 \x01(\r\x12\x0f\n\x07k_codec\x18\x06 \x01(\t\x12\x0f\n\x07v_codec\x18\x07 \x01(\t\x12.\n\x08sampling\x18\x08 \x01(\x0b\x32\x1c.hma_serve.v1.SamplingParams\x12*\n\x04stop\x18\t \x01(\x0b\x32\x1c.hma_serve.v1.StopConditions\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\n \x01(\x03\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x13\n\x0bprefix_keys\x18\x0c \x03(\x0c\x12\x31\n\x0crope_pairing\x18\r \x01(\x0e\x32\x1b.hma_serve.v1.KvRopePairing\"\x1d\n\x0b\x44\x65\x63odeClose\x12\x0e\n\x06stream\x18\x01 \x01(\x04\">\n\x10\x44\x65\x63odeTicketCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\"\xb9\x01\n\x0c\x44\x65\x63odeAttach\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0f\n\x07k_codec\x18\x04 \x01(\t\x12\x0f\n\x07v_codec\x18\x05 \x01(\t\x12\x13\n\x0btoken_start\x18\x06 \x01(\r\x12\x13\n\x0btoken_count\x18\x07 \x01(\r\x12\x31\n\x0crope_pairing\x18\x08 \x01(\x0e\x32\x1b.hma_serve.v1.KvRopePairing\"\xbe\x01\n\x0b\x44\x65\x63odeBlock\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\r\n\x05layer\x18\x04 \x01(\r\x12\"\n\x04role\x18\x05 \x01(\x0e\x32\x14.hma_serve.v1.KvRole\x12\x12\n\nhead_start\x18\x06 \x01(\r\x12\x12\n\nhead_count\x18\x07 \x01(\r\x12\x13\n\x0bgroup_start\x18\x08 \x01(\r\x12\x13\n\x0bgroup_count\x18\t \x01(\r\"\x1d\n\rDecodeEndPush\x12\x0c\n\x04push\x18\x01 \x01(\x04\"\x1c\n\x0c\x44\x65\x63odeDetach\x12\x0c\n\x04push\x18\x01 \x01(\x04\"\x96\x05\n\x11\x44\x65\x63odeEngineEvent\x12\x33\n\x05ready\x18\x01 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeReadyH\x00\x12\x31\n\x04\x64ied\x18\x02 \x01(\x0b\x32!.hma_serve.internal.v1.DecodeDiedH\x00\x12\x39\n\x08\x61\x64mitted\x18\x03 \x01(\x0b\x32%.hma_serve.internal.v1.DecodeAdmittedH\x00\x12\x31\n\x04step\x18\x04 \x01(\x0b\x32!.hma_serve.internal.v1.DecodeStepH\x00\x12;\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32).hma_serve.internal.v1.DecodeStreamFailedH\x00\x12;\n\x06\x61nswer\x18\x06 \x01(\x0b\x32).hma_serve.internal.v1.DecodeTicketAnswerH\x00\x12\x39\n\x08\x61ttached\x18\x07 \x01(\x0b\x32%.hma_serve.internal.v1.DecodeAttachedH\x00\x12\x35\n\x06landed\x18\x08 \x01(\x0b\x32#.hma_serve.internal.v1.DecodeLandedH\x00\x12=\n\tcommitted\x18\t \x01(\x0b\x32(.hma_serve.internal.v1.DecodeKvCommittedH\x00\x12>\n\x0bpush_failed\x18\n \x01(\x0b\x32\'.hma_serve.internal.v1.DecodePushFailedH\x00\x12\x37\n\x04load\x18\x0b \x01(\x0b\x32\'.hma_serve.internal.v1.DecodeEngineLoadH\x00\x42\x07\n\x05\x65vent\"a\n\x0b\x44\x65\x63odeReady\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x1a\n\x12kv_capacity_tokens\x18\x03 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\"6\n\nDecodeDied\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\"Y\n\x0e\x44\x65\x63odeAdmitted\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x10\n\x08lease_ns\x18\x03 \x01(\x03\x12\x16\n\x0epresent_tokens\x18\x04 \x01(\r\"H\n\nDecodeStep\x12:\n\x07outputs\x18\x01 \x03(\x0b\x32).hma_serve.internal.v1.DecodeStreamOutput\"\xae\x01\n\x12\x44\x65\x63odeStreamOutput\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12,\n\x07started\x18\x02 \x01(\x0b\x32\x1b.hma_serve.v1.DecodeStarted\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.hma_serve.v1.DecodeTokens\x12.\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1c.hma_serve.v1.DecodeFinished\"N\n\x12\x44\x65\x63odeStreamFailed\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\"^\n\x12\x44\x65\x63odeTicketAnswer\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\x12\x10\n\x08lease_ns\x18\x03 \x01(\x03\"\x1e\n\x0e\x44\x65\x63odeAttached\x12\x0c\n\x04push\x18\x01 \x01(\x04\":\n\x0c\x44\x65\x63odeLanded\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"!\n\x11\x44\x65\x63odeKvCommitted\x12\x0c\n\x04push\x18\x01 \x01(\x04\"J\n\x10\x44\x65\x63odePushFailed\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\"\xde\x01\n\x10\x44\x65\x63odeEngineLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_used_tokens\x18\x03 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\x04\x12%\n\x04\x63ost\x18\x07 \x01(\x0b\x32\x17.hma_serve.v1.CostModel\x12\x13\n\x0blate_blocks\x18\x08 \x01(\x04\x12\x17\n\x0f\x65xpired_tickets\x18\t \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)hma_serve/internal/v1/decode_engine.proto\x12\x15hma_serve.internal.v1\x1a\x19hma_serve/v1/common.proto\x1a\x19hma_serve/v1/decode.proto\x1a\x1bhma_serve/v1/kv_block.proto\x1a\x19hma_serve/v1/worker.proto\"\xde\x03\n\x13\x44\x65\x63odeEngineCommand\x12\x33\n\x05\x61\x64mit\x18\x01 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeAdmitH\x00\x12\x33\n\x05\x63lose\x18\x02 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeCloseH\x00\x12\x39\n\x06\x65xtend\x18\x03 \x01(\x0b\x32\'.hma_serve.internal.v1.DecodeTicketCallH\x00\x12:\n\x07release\x18\x04 \x01(\x0b\x32\'.hma_serve.internal.v1.DecodeTicketCallH\x00\x12\x35\n\x06\x61ttach\x18\x05 \x01(\x0b\x32#.hma_serve.internal.v1.DecodeAttachH\x00\x12\x33\n\x05\x62lock\x18\x06 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeBlockH\x00\x12\x38\n\x08\x65nd_push\x18\x07 \x01(\x0b\x32$.hma_serve.internal.v1.DecodeEndPushH\x00\x12\x35\n\x06\x64\x65tach\x18\x08 \x01(\x0b\x32#.hma_serve.internal.v1.DecodeDetachH\x00\x42\t\n\x07\x63ommand\"\xe5\x02\n\x0b\x44\x65\x63odeAdmit\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x04 \x03(\r\x12\x15\n\rpacked_tokens\x18\x05 \x01(\r\x12\x0f\n\x07k_codec\x18\x06 \x01(\t\x12\x0f\n\x07v_codec\x18\x07 \x01(\t\x12.\n\x08sampling\x18\x08 \x01(\x0b\x32\x1c.hma_serve.v1.SamplingParams\x12*\n\x04stop\x18\t \x01(\x0b\x32\x1c.hma_serve.v1.StopConditions\x12\x13\n\x0b\x64\x65\x61\x64line_ns\x18\n \x01(\x03\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x13\n\x0bprefix_keys\x18\x0c \x03(\x0c\x12\x31\n\x0crope_pairing\x18\r \x01(\x0e\x32\x1b.hma_serve.v1.KvRopePairing\"\x1d\n\x0b\x44\x65\x63odeClose\x12\x0e\n\x06stream\x18\x01 \x01(\x04\">\n\x10\x44\x65\x63odeTicketCall\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\"\xc9\x01\n\x0c\x44\x65\x63odeAttach\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0f\n\x07k_codec\x18\x04 \x01(\t\x12\x0f\n\x07v_codec\x18\x05 \x01(\t\x12\x13\n\x0btoken_start\x18\x06 \x01(\r\x12\x13\n\x0btoken_count\x18\x07 \x01(\r\x12\x31\n\x0crope_pairing\x18\x08 \x01(\x0e\x32\x1b.hma_serve.v1.KvRopePairing\x12\x0e\n\x06resume\x18\t \x01(\x08\"\xbe\x01\n\x0b\x44\x65\x63odeBlock\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\x12\r\n\x05layer\x18\x04 \x01(\r\x12\"\n\x04role\x18\x05 \x01(\x0e\x32\x14.hma_serve.v1.KvRole\x12\x12\n\nhead_start\x18\x06 \x01(\r\x12\x12\n\nhead_count\x18\x07 \x01(\r\x12\x13\n\x0bgroup_start\x18\x08 \x01(\r\x12\x13\n\x0bgroup_count\x18\t \x01(\r\"\x1d\n\rDecodeEndPush\x12\x0c\n\x04push\x18\x01 \x01(\x04\"\x1c\n\x0c\x44\x65\x63odeDetach\x12\x0c\n\x04push\x18\x01 \x01(\x04\"\x96\x05\n\x11\x44\x65\x63odeEngineEvent\x12\x33\n\x05ready\x18\x01 \x01(\x0b\x32\".hma_serve.internal.v1.DecodeReadyH\x00\x12\x31\n\x04\x64ied\x18\x02 \x01(\x0b\x32!.hma_serve.internal.v1.DecodeDiedH\x00\x12\x39\n\x08\x61\x64mitted\x18\x03 \x01(\x0b\x32%.hma_serve.internal.v1.DecodeAdmittedH\x00\x12\x31\n\x04step\x18\x04 \x01(\x0b\x32!.hma_serve.internal.v1.DecodeStepH\x00\x12;\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32).hma_serve.internal.v1.DecodeStreamFailedH\x00\x12;\n\x06\x61nswer\x18\x06 \x01(\x0b\x32).hma_serve.internal.v1.DecodeTicketAnswerH\x00\x12\x39\n\x08\x61ttached\x18\x07 \x01(\x0b\x32%.hma_serve.internal.v1.DecodeAttachedH\x00\x12\x35\n\x06landed\x18\x08 \x01(\x0b\x32#.hma_serve.internal.v1.DecodeLandedH\x00\x12=\n\tcommitted\x18\t \x01(\x0b\x32(.hma_serve.internal.v1.DecodeKvCommittedH\x00\x12>\n\x0bpush_failed\x18\n \x01(\x0b\x32\'.hma_serve.internal.v1.DecodePushFailedH\x00\x12\x37\n\x04load\x18\x0b \x01(\x0b\x32\'.hma_serve.internal.v1.DecodeEngineLoadH\x00\x42\x07\n\x05\x65vent\"a\n\x0b\x44\x65\x63odeReady\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\x12\x1a\n\x12kv_capacity_tokens\x18\x03 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\"6\n\nDecodeDied\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\"Y\n\x0e\x44\x65\x63odeAdmitted\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x10\n\x08lease_ns\x18\x03 \x01(\x03\x12\x16\n\x0epresent_tokens\x18\x04 \x01(\r\"H\n\nDecodeStep\x12:\n\x07outputs\x18\x01 \x03(\x0b\x32).hma_serve.internal.v1.DecodeStreamOutput\"\xae\x01\n\x12\x44\x65\x63odeStreamOutput\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12,\n\x07started\x18\x02 \x01(\x0b\x32\x1b.hma_serve.v1.DecodeStarted\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.hma_serve.v1.DecodeTokens\x12.\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1c.hma_serve.v1.DecodeFinished\"N\n\x12\x44\x65\x63odeStreamFailed\x12\x0e\n\x06stream\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\"^\n\x12\x44\x65\x63odeTicketAnswer\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\x12\x10\n\x08lease_ns\x18\x03 \x01(\x03\"\x1e\n\x0e\x44\x65\x63odeAttached\x12\x0c\n\x04push\x18\x01 \x01(\x04\":\n\x0c\x44\x65\x63odeLanded\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"!\n\x11\x44\x65\x63odeKvCommitted\x12\x0c\n\x04push\x18\x01 \x01(\x04\"J\n\x10\x44\x65\x63odePushFailed\x12\x0c\n\x04push\x18\x01 \x01(\x04\x12(\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail\"\xde\x01\n\x10\x44\x65\x63odeEngineLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ekv_used_tokens\x18\x03 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\x04\x12%\n\x04\x63ost\x18\x07 \x01(\x0b\x32\x17.hma_serve.v1.CostModel\x12\x13\n\x0blate_blocks\x18\x08 \x01(\x04\x12\x17\n\x0f\x65xpired_tickets\x18\t \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,37 +44,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODETICKETCALL']._serialized_start=1050
   _globals['_DECODETICKETCALL']._serialized_end=1112
   _globals['_DECODEATTACH']._serialized_start=1115
-  _globals['_DECODEATTACH']._serialized_end=1300
-  _globals['_DECODEBLOCK']._serialized_start=1303
-  _globals['_DECODEBLOCK']._serialized_end=1493
-  _globals['_DECODEENDPUSH']._serialized_start=1495
-  _globals['_DECODEENDPUSH']._serialized_end=1524
-  _globals['_DECODEDETACH']._serialized_start=1526
-  _globals['_DECODEDETACH']._serialized_end=1554
-  _globals['_DECODEENGINEEVENT']._serialized_start=1557
-  _globals['_DECODEENGINEEVENT']._serialized_end=2219
-  _globals['_DECODEREADY']._serialized_start=2221
-  _globals['_DECODEREADY']._serialized_end=2318
-  _globals['_DECODEDIED']._serialized_start=2320
-  _globals['_DECODEDIED']._serialized_end=2374
-  _globals['_DECODEADMITTED']._serialized_start=2376
-  _globals['_DECODEADMITTED']._serialized_end=2465
-  _globals['_DECODESTEP']._serialized_start=2467
-  _globals['_DECODESTEP']._serialized_end=2539
-  _globals['_DECODESTREAMOUTPUT']._serialized_start=2542
-  _globals['_DECODESTREAMOUTPUT']._serialized_end=2716
-  _globals['_DECODESTREAMFAILED']._serialized_start=2718
-  _globals['_DECODESTREAMFAILED']._serialized_end=2796
-  _globals['_DECODETICKETANSWER']._serialized_start=2798
-  _globals['_DECODETICKETANSWER']._serialized_end=2892
-  _globals['_DECODEATTACHED']._serialized_start=2894
-  _globals['_DECODEATTACHED']._serialized_end=2924
-  _globals['_DECODELANDED']._serialized_start=2926
-  _globals['_DECODELANDED']._serialized_end=2984
-  _globals['_DECODEKVCOMMITTED']._serialized_start=2986
-  _globals['_DECODEKVCOMMITTED']._serialized_end=3019
-  _globals['_DECODEPUSHFAILED']._serialized_start=3021
-  _globals['_DECODEPUSHFAILED']._serialized_end=3095
-  _globals['_DECODEENGINELOAD']._serialized_start=3098
-  _globals['_DECODEENGINELOAD']._serialized_end=3320
+  _globals['_DECODEATTACH']._serialized_end=1316
+  _globals['_DECODEBLOCK']._serialized_start=1319
+  _globals['_DECODEBLOCK']._serialized_end=1509
+  _globals['_DECODEENDPUSH']._serialized_start=1511
+  _globals['_DECODEENDPUSH']._serialized_end=1540
+  _globals['_DECODEDETACH']._serialized_start=1542
+  _globals['_DECODEDETACH']._serialized_end=1570
+  _globals['_DECODEENGINEEVENT']._serialized_start=1573
+  _globals['_DECODEENGINEEVENT']._serialized_end=2235
+  _globals['_DECODEREADY']._serialized_start=2237
+  _globals['_DECODEREADY']._serialized_end=2334
+  _globals['_DECODEDIED']._serialized_start=2336
+  _globals['_DECODEDIED']._serialized_end=2390
+  _globals['_DECODEADMITTED']._serialized_start=2392
+  _globals['_DECODEADMITTED']._serialized_end=2481
+  _globals['_DECODESTEP']._serialized_start=2483
+  _globals['_DECODESTEP']._serialized_end=2555
+  _globals['_DECODESTREAMOUTPUT']._serialized_start=2558
+  _globals['_DECODESTREAMOUTPUT']._serialized_end=2732
+  _globals['_DECODESTREAMFAILED']._serialized_start=2734
+  _globals['_DECODESTREAMFAILED']._serialized_end=2812
+  _globals['_DECODETICKETANSWER']._serialized_start=2814
+  _globals['_DECODETICKETANSWER']._serialized_end=2908
+  _globals['_DECODEATTACHED']._serialized_start=2910
+  _globals['_DECODEATTACHED']._serialized_end=2940
+  _globals['_DECODELANDED']._serialized_start=2942
+  _globals['_DECODELANDED']._serialized_end=3000
+  _globals['_DECODEKVCOMMITTED']._serialized_start=3002
+  _globals['_DECODEKVCOMMITTED']._serialized_end=3035
+  _globals['_DECODEPUSHFAILED']._serialized_start=3037
+  _globals['_DECODEPUSHFAILED']._serialized_end=3111
+  _globals['_DECODEENGINELOAD']._serialized_start=3114
+  _globals['_DECODEENGINELOAD']._serialized_end=3336
 # @@protoc_insertion_point(module_scope)

@@ -210,6 +210,7 @@ class DecodeAttach(_message.Message):
     TOKEN_START_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     ROPE_PAIRING_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     push: _builtins.int
     """Minted by the front, never reused."""
     nonce: _builtins.bytes
@@ -219,6 +220,8 @@ class DecodeAttach(_message.Message):
     token_start: _builtins.int
     token_count: _builtins.int
     rope_pairing: _kv_block_pb2.KvRopePairing.ValueType
+    resume: _builtins.bool
+    """The stream goes on where an earlier push of the ticket ended: what has landed counts."""
     def __init__(
         self,
         *,
@@ -230,10 +233,11 @@ class DecodeAttach(_message.Message):
         token_start: _builtins.int = ...,
         token_count: _builtins.int = ...,
         rope_pairing: _kv_block_pb2.KvRopePairing.ValueType = ...,
+        resume: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "k_codec", b"k_codec", "nonce", b"nonce", "push", b"push", "rope_pairing", b"rope_pairing", "token_count", b"token_count", "token_start", b"token_start", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "k_codec", b"k_codec", "nonce", b"nonce", "push", b"push", "resume", b"resume", "rope_pairing", b"rope_pairing", "token_count", b"token_count", "token_start", b"token_start", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -309,7 +313,9 @@ Global___DecodeEndPush: _TypeAlias = DecodeEndPush  # noqa: Y015
 
 @_typing.final
 class DecodeDetach(_message.Message):
-    """The KV stream is gone. Unless it was committed, its ticket is as empty as before."""
+    """The KV stream is gone. Unless it was committed, another one may fill its ticket, from the beginning or from where this
+    one ended.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -278,7 +278,8 @@ class Engine:
         except HmaError as exc:
             self._say(push_failed=pb.DecodePushFailed(push=attach.push, error=error_detail(exc)))
             return
-        self._streams[ticket.stream].arrival.landed = 0
+        if not attach.resume:
+            self._streams[ticket.stream].arrival.landed = 0
         self._say(attached=pb.DecodeAttached(push=attach.push))
 
     def _block(self, block: pb.DecodeBlock) -> None:

@@ -174,11 +174,17 @@ class EngineClient:
             self._post(pb.DecodeEngineCommand(close=pb.DecodeClose(stream=admit.stream)))
 
     @contextlib.contextmanager
-    def push(self, attach: pb.DecodeAttach) -> Iterator[PushMailbox]:
-        """Asks for a ticket on entry (`attach.push` is filled in), gives it up on exit unless it was committed."""
+    def push(self, attach: pb.DecodeAttach, blocks: int = 0, payload_bytes: int = 0) -> Iterator[PushMailbox]:
+        """Asks for a ticket on entry (`attach.push` is filled in), gives it up on exit unless it was committed.
+
+        Args:
+            attach: Which ticket.
+            blocks: That landed in earlier pushes of the same stream.
+            payload_bytes: Of those.
+        """
         self._check_alive()
         attach.push = next(self._numbers)
-        mailbox = self._pushes[attach.push] = PushMailbox()
+        mailbox = self._pushes[attach.push] = PushMailbox(landed_blocks=blocks, landed_bytes=payload_bytes)
         self._post(pb.DecodeEngineCommand(attach=attach))
         try:
             yield mailbox

@@ -113,7 +113,15 @@ class _Worker:
         admission = Admission(model.max_model_len, model.config.vocab_size, model.acceptance, config.share_prefixes)
         servicer = DecodeServicer(engine, admission, self._load, self._metrics)
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server.server)
-        parts = ReceiverParts(engine, arena, slots, model.acceptance, self._metrics, config.stall_timeout)
+        parts = ReceiverParts(
+            engine,
+            arena,
+            slots,
+            model.acceptance,
+            self._metrics,
+            stall_timeout=config.stall_timeout,
+            lease=config.kv_lease,
+        )
         Receiver(parts).add_to(server.server)
         return servicer, server
 

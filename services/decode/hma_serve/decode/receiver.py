@@ -2,7 +2,8 @@
 
 Order for every block: parse without copying, check every rule and the checksum, copy once into a shared slot, tell the
 engine, acknowledge when the engine has it in its pages. A block that breaks a rule ends the stream with one refusal
-before any byte of it is copied; a stream that ends without a commit leaves its ticket empty, so none of it is read.
+before any byte of it is copied, and nothing of a stream without a commit is ever read. A stream whose connection is
+lost may go on in another call (`landings.py`).
 
 Bounded everywhere: a producer may send what its credit allows and no more; credit grows with what is in pages, never
 falls, and all streams together share the arena; a frame in hand waits for a slot, which slows its stream and nobody
@@ -26,6 +27,7 @@ import numpy as np
 from hma_serve.core.errors import FailedPrecondition, HmaError, Unavailable
 from hma_serve.decode.admission import typed
 from hma_serve.decode.engine_client import EngineClient, PushMailbox
+from hma_serve.decode.landings import Landing, Landings
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.ipc import Arena, SlotPool
 from hma_serve.kvblock import (
@@ -72,6 +74,7 @@ class ReceiverParts:
         acceptance: What a manifest must match.
         metrics: What is counted.
         stall_timeout: Seconds to wait for a stream's first frame, for the engine, and for a producer to read.
+        lease: Seconds that a stream without a connection may be resumed.
     """
 
     engine: EngineClient
@@ -80,6 +83,7 @@ class ReceiverParts:
     acceptance: Acceptance
     metrics: DecodeMetrics
     stall_timeout: float
+    lease: float
 
 
 class Receiver:
@@ -91,6 +95,7 @@ class Receiver:
 
     def __init__(self, parts: ReceiverParts) -> None:
         self._parts = parts
+        self._landings = Landings(parts.lease)
         self._active = 0
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -105,7 +110,7 @@ class Receiver:
         responses = _Responses(context, self._parts.stall_timeout)
         self._active += 1
         try:
-            await _Push(self._parts, context, responses, self._window).run()
+            await _Push(self._parts, self._landings, context, responses, self._window).run()
             return
         except KvFormatError as exc:
             error, reason = typed(exc), exc.rule
@@ -175,9 +180,15 @@ class _Push:
     """One stream."""
 
     def __init__(
-        self, parts: ReceiverParts, context: _Context, responses: _Responses, window: Callable[[], int]
+        self,
+        parts: ReceiverParts,
+        landings: Landings,
+        context: _Context,
+        responses: _Responses,
+        window: Callable[[], int],
     ) -> None:
         self._parts = parts
+        self._landings = landings
         self._context = context
         self._responses = responses
         self._window = window
@@ -195,14 +206,43 @@ class _Push:
 
     async def _fill(self, opened: kv_transfer_pb2.PushOpen, span: Span) -> None:
         plan = self._checked(opened)
-        attach = _attach(opened, plan)
-        with self._parts.engine.push(attach) as mailbox:
-            await _first_end(
-                self._transfer(mailbox, attach.push, opened, plan), self._acknowledge(mailbox), mailbox.failure
-            )
-            committed = kv_transfer_pb2.PushCommitted(blocks=mailbox.landed_blocks, payload_bytes=mailbox.landed_bytes)
-            span.set(tokens=plan.token_count, blocks=committed.blocks, bytes=committed.payload_bytes)
-            await self._responses.send(kv_transfer_pb2.PushResponse(committed=committed))
+        landing = await self._landings.take_over(opened) if opened.resume else None
+        if landing is None:
+            landing = Landings.begin(opened, plan)
+            committed = await self._land(landing, _attach(opened, plan, resume=False))
+        elif landing.committed is not None:
+            committed = await self._say_again(landing.committed)
+        else:
+            committed = await self._land(landing, _attach(opened, plan, resume=True))
+        span.set(tokens=plan.token_count, blocks=committed.blocks, bytes=committed.payload_bytes)
+        await self._responses.send(kv_transfer_pb2.PushResponse(committed=committed))
+
+    async def _land(
+        self, landing: Landing, attach: decode_engine_pb2.DecodeAttach
+    ) -> kv_transfer_pb2.PushCommitted:
+        """Takes a stream to its commit, from the beginning or from where a lost call left it."""
+        reader, lost = landing.reader, False
+        assert reader is not None
+        try:
+            with self._parts.engine.push(attach, reader.received, reader.payload_bytes) as mailbox:
+                if attach.resume:
+                    self._landings.hold(landing, mailbox.fail)
+                transfer = self._transfer(mailbox, attach.push, landing, reader)
+                await _first_end(transfer, self._acknowledge(mailbox), mailbox.failure)
+                return landing.commit(blocks=mailbox.landed_blocks, payload_bytes=mailbox.landed_bytes)
+        except (asyncio.CancelledError, Unavailable):
+            lost = True
+            raise
+        finally:
+            self._landings.leave(landing, keep=lost or landing.committed is not None)
+
+    async def _say_again(self, committed: kv_transfer_pb2.PushCommitted) -> kv_transfer_pb2.PushCommitted:
+        """To a producer that lost the connection before it heard that all is well."""
+        await self._accept(committed.blocks, committed.payload_bytes)
+        header, _ = decode_frame(await self._within_stall(self._read(), "the end"))
+        if header.end.blocks != committed.blocks:
+            raise FailedPrecondition("the stream was committed; only its end may follow", field="header.frame")
+        return committed
 
     def _checked(self, opened: kv_transfer_pb2.PushOpen) -> StreamPlan:
         if kv_transfer_pb2.TRANSPORT_GRPC not in opened.transports:
@@ -211,19 +251,24 @@ class _Push:
         check_plan(plan, self._parts.acceptance)
         return plan
 
-    async def _transfer(
-        self, mailbox: PushMailbox, push: int, opened: kv_transfer_pb2.PushOpen, plan: StreamPlan
-    ) -> None:
+    async def _transfer(self, mailbox: PushMailbox, push: int, landing: Landing, reader: StreamReader) -> None:
         await self._within_stall(mailbox.attached.wait(), "the engine")
-        self._credit = self._window()
+        self._landings.hold(landing, mailbox.fail)
+        await self._accept(reader.received, reader.payload_bytes)
+        await self._receive(push, reader)
+        self._parts.engine.end_push(push)
+        await self._within_stall(mailbox.committed.wait(), "the engine")
+
+    async def _accept(self, blocks: int, payload_bytes: int) -> None:
+        self._credit = payload_bytes + self._window()
         accepted = kv_transfer_pb2.PushAccepted(
-            transport=kv_transfer_pb2.TRANSPORT_GRPC, max_message_bytes=MAX_MESSAGE_BYTES, credit_bytes=self._credit
+            transport=kv_transfer_pb2.TRANSPORT_GRPC,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            credit_bytes=self._credit,
+            blocks=blocks,
         )
         await self._responses.send(kv_transfer_pb2.PushResponse(accepted=accepted))
         self._accepted.set()
-        await self._receive(push, StreamReader(plan, opened.ticket, opened.epoch))
-        self._parts.engine.end_push(push)
-        await self._within_stall(mailbox.committed.wait(), "the engine")
 
     async def _receive(self, push: int, reader: StreamReader) -> None:
         """Takes blocks until the end frame; all of them are on their way to the engine then."""
@@ -237,11 +282,17 @@ class _Push:
                 raise FailedPrecondition("only blocks and the end may follow the open frame", field="header.frame")
             if reader.payload_bytes + len(payload) > self._credit:
                 raise FailedPrecondition(f"more was sent than the credit of {self._credit} bytes", field="payload")
-            await self._hand_over(push, reader.validate(header.block, payload))
+            # The slot first: a block that counts as received is on its way to the engine, whatever ends the call.
+            slot = await self._parts.slots.acquire()
+            try:
+                block = reader.validate(header.block, payload)
+            except KvFormatError:
+                self._parts.slots.release(slot)
+                raise
+            self._hand_over(push, block, slot)
 
-    async def _hand_over(self, push: int, block: Block) -> None:
+    def _hand_over(self, push: int, block: Block, slot: int) -> None:
         units = block.groups()
-        slot = await self._parts.slots.acquire()
         target = np.frombuffer(self._parts.arena.slot(slot, units.size), dtype=np.uint8)
         target.reshape(units.shape)[...] = units
         self._parts.metrics.kv_received_bytes.inc(units.size)
@@ -303,7 +354,7 @@ async def _first_end(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _attach(opened: kv_transfer_pb2.PushOpen, plan: StreamPlan) -> decode_engine_pb2.DecodeAttach:
+def _attach(opened: kv_transfer_pb2.PushOpen, plan: StreamPlan, *, resume: bool) -> decode_engine_pb2.DecodeAttach:
     return decode_engine_pb2.DecodeAttach(
         nonce=opened.ticket,
         epoch=opened.epoch,
@@ -312,6 +363,7 @@ def _attach(opened: kv_transfer_pb2.PushOpen, plan: StreamPlan) -> decode_engine
         token_start=plan.token_start,
         token_count=plan.token_count,
         rope_pairing=plan.manifest.rope.pairing,
+        resume=resume,
     )
 
 

@@ -4,8 +4,8 @@ A ticket is a random 128-bit nonce and the attempt's number. It is a lease while
 it run out loses the pages, on a clock that nobody can set, swept whether or not other work arrives. From the commit on
 the request's own stream is what keeps it alive.
 
-Exactly one KV stream at a time may be attached. A stream that went away leaves the ticket empty again, and whatever of
-it is still under way is told apart by the stream's number.
+Exactly one KV stream at a time may be attached. After one that went away another may begin anew or go on where it
+ended, and whatever of the first is still under way is told apart by the stream's number.
 """
 
 from __future__ import annotations

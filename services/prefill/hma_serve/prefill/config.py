@@ -35,6 +35,7 @@ class PrefillConfig(PlaceConfig):
         overlap: `on`: a layer leaves while later ones are computed; `off`: all leave after the last, to compare.
         threads: Of the engine's arithmetic.
         stall_timeout: Seconds that decode may let one transfer wait for one thing.
+        resume_timeout: Seconds after a lost connection until a transfer must go on.
         events: File for the record of the pipeline's order; None: off.
     """
 
@@ -54,6 +55,7 @@ class PrefillConfig(PlaceConfig):
     overlap: str
     threads: int
     stall_timeout: float
+    resume_timeout: float
     events: Path | None
 
     def __post_init__(self) -> None:
@@ -72,6 +74,7 @@ class PrefillConfig(PlaceConfig):
             "--threads": (self.threads, 1),
             "--tp": (self.tp, 1),
             "--stall-timeout": (self.stall_timeout, 0.1),
+            "--resume-timeout": (self.resume_timeout, 0.0),
         }
         require_at_least(least | self.least_of_place)
 
@@ -152,6 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=15.0,
         metavar="SECONDS",
         help="how long decode may let a transfer wait (default: %(default)s)",
+    )
+    work.add_argument(
+        "--resume-timeout",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a transfer may take to go on after its connection was lost (default: %(default)s)",
     )
     work.add_argument("--events", type=Path, metavar="FILE", help="record when each layer was computed and left")
     add_place_arguments(parser, listen="127.0.0.1:50061")

@@ -26,6 +26,7 @@ from hma_serve.prefill.engine_client import EngineClient
 from hma_serve.prefill.events import LayerEvents
 from hma_serve.prefill.front import FrontParts, PrefillServicer
 from hma_serve.prefill.load import Load
+from hma_serve.prefill.push_stream import Patience
 from hma_serve.prefill.served_model import ServedModel, read_served_model, software
 from hma_serve.prefill.streamer import Transfers
 from hma_serve.rpc import ChannelCache, GrpcServer, tune_allocator
@@ -126,7 +127,7 @@ class _Worker:
                 arena=arena,
                 layout=model.layout,
                 manifest=partial(model.manifest, producer=producer),
-                stall_timeout=self._config.stall_timeout,
+                patience=Patience(self._config.stall_timeout, self._config.resume_timeout),
             )
         finally:
             await channels.close()

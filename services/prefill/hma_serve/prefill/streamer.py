@@ -19,7 +19,7 @@ from hma_serve.ipc import Arena
 from hma_serve.kvblock import BEST_PAYLOAD_BYTES, HEADER_ROOM_BYTES, StreamWriter, encode_frame, validate_manifest
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
-from hma_serve.prefill.push_stream import PushStream
+from hma_serve.prefill.push_stream import Patience, PushStream
 from hma_serve.rpc import ChannelCache
 from hma_serve.v1 import common_pb2, kv_block_pb2, kv_transfer_pb2
 
@@ -48,14 +48,14 @@ class Transfers:
         arena: Where the engine leaves layers.
         layout: How they lie there.
         manifest: Builds the manifest of a token range (start, count).
-        stall_timeout: Seconds that a receiver may let one transfer wait.
+        patience: Of one transfer with its receiver.
     """
 
     channels: ChannelCache
     arena: Arena
     layout: KvLayout
     manifest: Callable[[int, int], kv_block_pb2.KvManifest]
-    stall_timeout: float
+    patience: Patience
 
 
 class Streamer:
@@ -101,9 +101,11 @@ class Streamer:
         async with AsyncExitStack() as stack:
             address = self._destination.address
             channel = stack.enter_context(self._transfers.channels.lease(address))
-            stream = PushStream(channel, address, self._guard, stall_timeout=self._transfers.stall_timeout)
+            stream = PushStream(
+                channel, address, self._guard, patience=self._transfers.patience, opening=self._opening()
+            )
             self._stream = await stack.enter_async_context(stream)
-            self._max_payload = self._payload_limit(await self._stream.open(self._open_frame()))
+            self._max_payload = self._payload_limit(await self._stream.open())
             self._exit = stack.pop_all()
         return self
 
@@ -141,15 +143,14 @@ class Streamer:
         header = kv_transfer_pb2.PushHeader(end=kv_transfer_pb2.PushEnd(blocks=self._writer.sent))
         await self._stream.finish(encode_frame(header))
 
-    def _open_frame(self) -> bytes:
-        opening = kv_transfer_pb2.PushOpen(
+    def _opening(self) -> kv_transfer_pb2.PushOpen:
+        return kv_transfer_pb2.PushOpen(
             ticket=self._destination.ticket,
             epoch=self._destination.epoch,
             transports=[kv_transfer_pb2.TRANSPORT_GRPC],
             manifest=self._manifest,
             trace=self._trace,
         )
-        return encode_frame(kv_transfer_pb2.PushHeader(open=opening))
 
     def _payload_limit(self, accepted: kv_transfer_pb2.PushAccepted) -> int:
         """Bytes of payload in one block: our best size, unless the receiver's messages or credit are smaller.
