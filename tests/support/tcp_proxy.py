@@ -16,7 +16,7 @@ class TcpProxy:
     """Forwards a port of its own to `target` (host, port).
 
     `cut` closes every connection and refuses new ones; `freeze` keeps them open and forwards nothing (a black hole);
-    `heal` ends either.
+    `heal` ends either. `cut_after` cuts by itself when so many more bytes have reached the target, and sets `tripped`.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
@@ -28,11 +28,20 @@ class TcpProxy:
         self._waker, self._wakee = socket.socketpair()
         self._lock = threading.Lock()
         self._cut = self._frozen = self._closing = False
+        self._left: int | None = None
+        self.tripped = threading.Event()
+        self._inner: set[socket.socket] = set()
         self._thread = threading.Thread(target=self._run, name="tcp-proxy")
 
     def cut(self) -> None:
         """Closes every connection, and each new one at once."""
         self._set(cut=True)
+
+    def cut_after(self, size: int) -> None:
+        """Forwards exactly so many more bytes to the target, then cuts."""
+        with self._lock:
+            self._left = size
+        self.tripped.clear()
 
     def freeze(self) -> None:
         """Forwards nothing until `heal`."""
@@ -103,25 +112,40 @@ class TcpProxy:
             inner.close()
             return
         self._pairs[inner], self._pairs[outer] = outer, inner
+        self._inner.add(inner)
         for end in (inner, outer):
             if not self._frozen:
                 self._selector.register(end, selectors.EVENT_READ)
 
     def _forward(self, source: socket.socket) -> None:
         try:
-            data = source.recv(CHUNK)
+            counted = source in self._inner and self._left is not None
+            data = source.recv(min(CHUNK, self._left or CHUNK) if counted else CHUNK)
             if data:
                 self._pairs[source].sendall(data)
+                if counted:
+                    self._count(len(data))
                 return
         except OSError:
             pass
         self._drop(source)
 
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._left = None if self._left is None else self._left - size
+            if self._left != 0:
+                return
+            self._left, self._cut = None, True
+        self._obey()
+        self.tripped.set()
+
     def _drop(self, end: socket.socket) -> None:
+        self._inner.discard(end)
         other = self._pairs.pop(end, None)
         if other is None:
             return
         self._pairs.pop(other, None)
+        self._inner.discard(other)
         for one in (end, other):
             with suppress(KeyError):
                 self._selector.unregister(one)

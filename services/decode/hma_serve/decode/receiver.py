@@ -217,9 +217,7 @@ class _Push:
         span.set(tokens=plan.token_count, blocks=committed.blocks, bytes=committed.payload_bytes)
         await self._responses.send(kv_transfer_pb2.PushResponse(committed=committed))
 
-    async def _land(
-        self, landing: Landing, attach: decode_engine_pb2.DecodeAttach
-    ) -> kv_transfer_pb2.PushCommitted:
+    async def _land(self, landing: Landing, attach: decode_engine_pb2.DecodeAttach) -> kv_transfer_pb2.PushCommitted:
         """Takes a stream to its commit, from the beginning or from where a lost call left it."""
         reader, lost = landing.reader, False
         assert reader is not None
