@@ -147,6 +147,9 @@ class Client:
         self, request: decode_pb2.DecodeGenerateRequest, profile: str = "f32"
     ) -> list[decode_pb2.DecodeGenerateResponse]:
         """Both legs of a request; all responses."""
+        if request.packed_tokens:
+            # Before the ticket's lease runs.
+            packed_kv(self.checkpoint, profile, tuple(request.prompt_token_ids[: request.packed_tokens]))
         call = self.decode.Generate(request, timeout=60)
         responses = [await first(call)]
         if responses[0].ticket.present_tokens < request.packed_tokens:
