@@ -49,6 +49,7 @@ def a_worker(role: WorkerRole = WorkerRole.DECODE, instance: str = "", address: 
         epoch=3,
         profile="tt_bfp8",
         http_address="127.0.0.1:9091",
+        rope_pairings=(KvRopePairing.INTERLEAVED,),
     )
 
 

@@ -108,6 +108,17 @@ def test_rope_must_agree_too() -> None:
     assert not compatible(one, replace(other, model=turned))
 
 
+def test_another_pairing_is_no_hindrance_to_a_decode_that_reads_it() -> None:
+    one, other = fake_worker(WorkerRole.PREFILL), fake_worker(WorkerRole.DECODE)
+    turned = replace(one, model=replace(one.model, rope=replace(one.model.rope, pairing=KvRopePairing.INTERLEAVED)))
+    assert not compatible(turned, other)
+    both = replace(other, rope_pairings=(KvRopePairing.INTERLEAVED,))
+    assert compatible(turned, both)
+    assert compatible(one, both)
+    theta = replace(turned, model=replace(turned.model, rope=replace(turned.model.rope, theta=7.0)))
+    assert not compatible(theta, both)
+
+
 def test_k_offsets_must_agree_too() -> None:
     one, other = fake_worker(WorkerRole.PREFILL), fake_worker(WorkerRole.DECODE)
     offset = replace(one, model=replace(one.model, kv_fingerprint="0f" * 32))

@@ -318,6 +318,7 @@ class WorkerInfo:
         epoch: Raised at each registration of the same process; 0 before the first.
         profile: Prefill: what computes and packs, for example "tt_bfp8".
         http_address: host:port of /metrics, /live and /ready.
+        rope_pairings: Decode: channel orders of K that are read besides that of the model's RoPE.
     """
 
     instance: str
@@ -331,6 +332,7 @@ class WorkerInfo:
     epoch: int = 0
     profile: str = ""
     http_address: str = ""
+    rope_pairings: tuple[KvRopePairing, ...] = ()
 
     @classmethod
     def from_proto(cls, message: worker_pb2.WorkerInfo) -> WorkerInfo:
@@ -347,6 +349,7 @@ class WorkerInfo:
             epoch=message.epoch,
             profile=message.profile,
             http_address=message.http_address,
+            rope_pairings=tuple(KvRopePairing(pairing) for pairing in message.rope_pairings),
         )
 
     def to_proto(self) -> worker_pb2.WorkerInfo:
@@ -363,6 +366,7 @@ class WorkerInfo:
             device=self.device.to_proto(),
             profile=self.profile,
             http_address=self.http_address,
+            rope_pairings=[kv_block_pb2.KvRopePairing.ValueType(pairing) for pairing in self.rope_pairings],
         )
 
 

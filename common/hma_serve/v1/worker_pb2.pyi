@@ -76,6 +76,7 @@ class WorkerInfo(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
+    ROPE_PAIRINGS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     """Minted when the process starts, never used again."""
     epoch: _builtins.int
@@ -98,6 +99,10 @@ class WorkerInfo(_message.Message):
     def limits(self) -> Global___WorkerLimits: ...
     @_builtins.property
     def device(self) -> Global___DeviceInfo: ...
+    @_builtins.property
+    def rope_pairings(self) -> _containers.RepeatedScalarFieldContainer[_kv_block_pb2.KvRopePairing.ValueType]:
+        """Decode: channel orders of K that are read besides that of `model.rope`."""
+
     def __init__(
         self,
         *,
@@ -112,10 +117,11 @@ class WorkerInfo(_message.Message):
         device: Global___DeviceInfo | None = ...,
         profile: _builtins.str = ...,
         http_address: _builtins.str = ...,
+        rope_pairings: _abc.Iterable[_kv_block_pb2.KvRopePairing.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "device", b"device", "epoch", b"epoch", "http_address", b"http_address", "instance", b"instance", "limits", b"limits", "model", b"model", "profile", b"profile", "role", b"role", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "device", b"device", "epoch", b"epoch", "http_address", b"http_address", "instance", b"instance", "limits", b"limits", "model", b"model", "profile", b"profile", "role", b"role", "rope_pairings", b"rope_pairings", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

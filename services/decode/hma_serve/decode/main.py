@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from hma_serve.core.errors import HmaError
-from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
+from hma_serve.core.worker import DeviceInfo, KvRopePairing, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.decode.admission import Admission
 from hma_serve.decode.config import DTYPE_BYTES, DecodeConfig, build_parser, config_of
 from hma_serve.decode.engine_client import EngineClient
@@ -179,6 +179,7 @@ class _Worker:
             limits=WorkerLimits(model.max_model_len, config.max_running, 0, ready.kv_capacity_tokens),
             device=DeviceInfo(vendor="cpu", name=ready.device, price_per_hour=config.price_per_hour),
             http_address=http_address,
+            rope_pairings=tuple(KvRopePairing(pairing) for pairing in model.acceptance.rope_pairings),
         )
 
 

@@ -189,12 +189,13 @@ def difference(prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
     for name, ours, theirs in (
         ("model fingerprint", made.fingerprint, read.fingerprint),
         ("K offsets", made.stream_fingerprint, read.stream_fingerprint),
-        ("RoPE pairing", made.rope.pairing, read.rope.pairing),
         ("RoPE theta", made.rope.theta, read.rope.theta),
         ("RoPE scaling", made.rope.scaling_hash, read.rope.scaling_hash),
     ):
         if ours != theirs:
             return name
+    if made.rope.pairing not in (read.rope.pairing, *decode.rope_pairings):
+        return "RoPE pairing"
     for codec in prefill.codecs:
         if not any(codec.decodes_like(known) for known in decode.codecs):
             return f"codec {codec.id.name.lower()}"
@@ -364,7 +365,7 @@ def _names(option: _Option) -> tuple[str, str]:
 
 
 def _kind(info: WorkerInfo) -> object:
-    return info.model.stream_fingerprint, info.model.rope, info.codecs
+    return info.model.stream_fingerprint, info.model.rope, info.codecs, info.rope_pairings
 
 
 _MAKER_MERITS: tuple[Callable[[PrefillOutlook], float], ...] = (
