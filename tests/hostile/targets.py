@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 from google.protobuf.message import DecodeError
 
@@ -146,7 +147,7 @@ def index(data: bytes) -> None:
 def _payload(codec: Codec) -> Target:
     def read(data: bytes) -> None:
         codec.check_payload(data, 1, 32, 32)
-        assert np.isfinite(codec.decode(data, 1, 32, 32)).all()
+        assert np.isfinite(codec.decode(data, 1, 32, 32).astype(ml_dtypes.bfloat16).astype(np.float32)).all()
 
     return read
 

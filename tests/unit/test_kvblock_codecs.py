@@ -255,6 +255,20 @@ def test_banned_codes_are_found_wherever_they_stand(name: str, at: int, byte: in
     assert refused.value.field == "payload"
 
 
+@pytest.mark.parametrize("sign", [0, 0x80000000])
+def test_what_bf16_would_make_inf_is_banned_in_f32(sign: int) -> None:
+    codec = kvblock.codec("f32")
+    words = np.full(32, 0x7F7F7FFF | sign, dtype="<u4")  # rounds down to the largest BF16
+    assert np.isfinite(words.view("<f4").astype(ml_dtypes.bfloat16).astype(np.float32)).all()
+    codec.check_payload(words.view(np.uint8), 1, 32, 1)
+    words[31] += 1
+    assert np.isinf(words.view("<f4").astype(ml_dtypes.bfloat16).astype(np.float32)).any()
+    with pytest.raises(errors.BannedCode):
+        codec.check_payload(words.view(np.uint8), 1, 32, 1)
+    with pytest.raises(ValueError, match="too large"):
+        codec.encode(words.view("<f4").reshape(1, 32, 1))
+
+
 # Scales of a power of two step over the largest exponent; halves end at 65504.
 LARGEST = {"mxint8": -1.6e38, "int4": -6e4, "int4.channel": -6e4}
 

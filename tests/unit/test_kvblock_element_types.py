@@ -82,6 +82,38 @@ def test_int8_and_mxint8_read_every_code() -> None:
     assert np.array_equal(kvblock.codec("mxint8").decode(payload, 1, 32, 256)[0], np.tile(signed / 64 * 8, (32, 1)))
 
 
+def _every_nibble() -> np.ndarray:
+    """32 x 64 nibbles, the sixteen codes over and over."""
+    return np.tile((np.arange(0, 16, 2) | np.arange(1, 16, 2) << 4).astype(np.uint8), 32 * 4)
+
+
+def test_nvfp4_reads_every_code_under_every_scale() -> None:
+    scales = np.resize(np.arange(0x7F, dtype=np.uint8), 128)
+    payload = np.concatenate([_every_nibble(), scales, np.full(1, 0.25, "<f4").view(np.uint8)])
+    kvblock.codec("nvfp4").check_payload(payload, 1, 32, 64)
+    elements = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    right = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:, None] * elements * np.float32(0.25)
+    assert np.array_equal(kvblock.codec("nvfp4").decode(payload, 1, 32, 64).reshape(-1, 16), right)
+
+
+def test_mxfp4_reads_every_code_under_every_scale() -> None:
+    codes = np.arange(256, dtype=np.uint8).clip(0, 252)
+    units = np.concatenate([np.tile(_every_nibble(), (4, 1)), codes.reshape(4, 64)], axis=1)
+    kvblock.codec("mxfp4").check_payload(units, 4, 32, 64)
+    elements = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    scales = codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    right = scales[:, None] * np.tile(elements, 2)
+    assert np.array_equal(kvblock.codec("mxfp4").decode(units, 4, 32, 64).reshape(-1, 32), right)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4.channel"])
+def test_int4_reads_every_code(name: str) -> None:
+    halves = np.concatenate([np.full(64, 0.5, "<f2"), np.full(64, -3.25, "<f2")])
+    payload = np.concatenate([_every_nibble(), halves.view(np.uint8)])
+    right = np.arange(16, dtype=np.uint8).view(ml_dtypes.uint4).astype(np.float32) * np.float32(0.5) - np.float32(3.25)
+    assert np.array_equal(kvblock.codec(name).decode(payload, 1, 32, 64).reshape(-1, 16), np.tile(right, (128, 1)))
+
+
 @pytest.mark.parametrize("bits", [4, 2])
 def test_small_block_float_reads_every_code_at_every_exponent(bits: int) -> None:
     magnitude_bits = bits - 1

@@ -88,8 +88,8 @@ def drawn_payload(name: str, seed: int) -> np.ndarray:
     units = rng.integers(0, 256, (3, 2, codec.group_bytes(96)), dtype=np.uint8)
     if name in ("f32", "bf16"):
         words = units.view("<u4" if name == "f32" else "<u2")
-        exponents = words.dtype.type(0x7F800000 if name == "f32" else 0x7F80)
-        words[words & exponents == exponents] = 0
+        beyond = words.dtype.type(0x7F7F8000 if name == "f32" else 0x7F80)
+        words[words << 1 >> 1 >= beyond] = 0
         return units
     if name.startswith("tt_"):
         tiles = units.reshape(6, 3, -1)
@@ -103,7 +103,8 @@ def drawn_payload(name: str, seed: int) -> np.ndarray:
         elements = units[..., : 32 * 96]
         elements[...] = np.where((elements & 0x7F >= 0x78) | (elements == 0x80), 0x35, elements)
     if name.startswith("mx"):
-        units[..., -96:] = rng.integers(0, 247, units[..., -96:].shape)
+        largest = {"mxfp8_e4m3": 246, "mxint8": 253, "mxfp4": 252}[name]
+        units[..., -96:] = rng.integers(0, largest + 1, units[..., -96:].shape)
         return units
     if name.startswith("int4"):
         halves = units[..., -4 * 96 :].view("<f2")
@@ -125,6 +126,7 @@ def test_codes_that_no_encoder_writes_are_read_alike(name: str) -> None:
         reference.check_payload(units, 3, 64, 96)
         decoded = reference.decode(units, 3, 64, 96)
         assert np.isfinite(decoded).all()
+        assert torch.from_numpy(decoded).bfloat16().isfinite().all()
         _same_bits(codec.decode(torch.from_numpy(units)).numpy(), decoded)
         assert torch.equal(codec.decode(torch.from_numpy(units), torch.bfloat16), torch.from_numpy(decoded).bfloat16())
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
     from hma_serve.v1.kv_block_pb2 import KvRounding
 
-_FIRST_NON_FINITE = 0x7F800000
+_FIRST_BANNED = 0x7F7F8000
+"""The smallest magnitude that rounds to Inf in BF16, in which receivers may compute."""
 
 
 class F32(Codec):
-    """Unit: 32 tokens x head_dim float32. Bans Inf and NaN."""
+    """Unit: 32 tokens x head_dim float32. Bans Inf, NaN, and what BF16 would make Inf."""
 
     id = KV_CODEC_ID_F32
     name = "f32"
@@ -36,12 +37,15 @@ class F32(Codec):
     def encode(
         self, values: NDArray[np.float32], rounding: KvRounding.ValueType = KV_ROUNDING_NEAREST_EVEN
     ) -> NDArray[np.uint8]:
-        """Nothing is rounded, so every `rounding` is the same."""
+        """Nothing is rounded, so every `rounding` is the same; a value that BF16 would make Inf is refused."""
         del rounding
         check_encodable(values)
         heads, tokens, head_dim = values.shape
         words = np.ascontiguousarray(values, dtype="<f4")
-        return words.view(np.uint8).reshape(heads, tokens // GROUP_TOKENS, self.group_bytes(head_dim))
+        packed = words.view(np.uint8).reshape(heads, tokens // GROUP_TOKENS, self.group_bytes(head_dim))
+        if packed.size and self._find_banned(packed.reshape(-1), head_dim):
+            raise ValueError("a value is too large for f32, whose readers may compute in bfloat16")
+        return packed
 
     def _decode(self, payload: NDArray[np.uint8], heads: int, tokens: int, head_dim: int) -> NDArray[np.float32]:
         return payload.view("<f4").reshape(heads, tokens, head_dim).astype(np.float32)
@@ -52,6 +56,6 @@ class F32(Codec):
 
     def _find_banned(self, payload: NDArray[np.uint8], head_dim: int) -> str:
         del head_dim
-        positive = int(payload.view("<i4").max()) >= _FIRST_NON_FINITE
-        negative = int(payload.view("<u4").max()) >= _FIRST_NON_FINITE | 0x80000000
-        return "Inf and NaN" if positive or negative else ""
+        positive = int(payload.view("<i4").max()) >= _FIRST_BANNED
+        negative = int(payload.view("<u4").max()) >= _FIRST_BANNED | 0x80000000
+        return "Inf, NaN and what rounds to Inf in BF16" if positive or negative else ""
