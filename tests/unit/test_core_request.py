@@ -67,3 +67,10 @@ def test_what_makes_no_sense_is_refused_by_name(kind: Any, values: dict[str, Any
     with pytest.raises(InvalidArgument) as caught:
         kind(**values)
     assert caught.value.field == field
+
+
+def test_limits_are_said_to_the_last_digit() -> None:
+    with pytest.raises(InvalidArgument, match="seed must be between 0 and 18446744073709551615, not -1"):
+        SamplingParams(seed=-1)
+    with pytest.raises(InvalidArgument, match=r"top_p must be between 0 and 1, not 1\.5"):
+        SamplingParams(top_p=1.5)

@@ -30,7 +30,14 @@ MAX_SEED = 2**64 - 1
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidArgument(f"{name} must be between {low:g} and {high:g}, not {value:g}", field=name)
+        raise InvalidArgument(
+            f"{name} must be between {_exact(low)} and {_exact(high)}, not {_exact(value)}", field=name
+        )
+
+
+def _exact(value: float) -> str:
+    """Whole numbers with all their digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 class StructureKind(StrEnum):
