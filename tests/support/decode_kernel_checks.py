@@ -17,7 +17,7 @@ from hma_serve.decode.attention import Span, TorchPagedAttention
 from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, StepRows, pages_of
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT
-from hma_serve.decode.kernels.page_orders import fragment_orders
+from hma_serve.decode.kernels.page_orders import fragment_page
 from hma_serve.decode.kernels.step_model import StepMemory, StepModel
 from hma_serve.decode.page_order import PageOrders, Role, page_order
 from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
@@ -136,7 +136,7 @@ def step_error(*, ptx: bool) -> float:
     )
     expected = Transformer(config, weights).logits(hidden).double()
 
-    pool = _pool(config, fragment_orders(), DEVICE)
+    pool = _pool(config, fragment_page, DEVICE)
     model = StepModel(config, {name: value.to(DEVICE) for name, value in weights.items()}, ptx=ptx)
     found = _step(model, pool, _filled(pool, sequences), tokens)
     return float((found.cpu().double() - expected).norm() / expected.norm())
@@ -181,13 +181,13 @@ def _put_plain(pool: PagePool, role: Role, layer: int, page: torch.Tensor, value
     if not _in_fragments(pool):
         pool.plain(layer)[page] = values
         return
-    order = fragment_orders()("bf16", role, pool.geometry.head_dim)
+    order = fragment_page("bf16", role, pool.geometry.head_dim)
     laid = order.arrange(values.contiguous().view(torch.uint8).flatten(1)).view(torch.bfloat16)
     pool.plain(layer)[page.to(pool.memory.device)] = laid.view(values.shape).to(pool.memory.device)
 
 
 def _in_fragments(pool: PagePool) -> bool:
-    return type(pool.order("tt_bfp8_b", Role.K)) is type(fragment_orders()("tt_bfp8_b", Role.K, 32))
+    return type(pool.order("tt_bfp8_b", Role.K)) is type(fragment_page("tt_bfp8_b", Role.K, 32))
 
 
 def _step(model: StepModel, pool: PagePool, spans: list[Span], tokens: torch.Tensor) -> torch.Tensor:

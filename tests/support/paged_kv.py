@@ -8,7 +8,7 @@ import torch
 
 from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, QueryOperand, StepRows
 from hma_serve.decode.kernels.fragment_order import arrange_plain
-from hma_serve.decode.kernels.page_orders import fragment_orders, packed_kind
+from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.page_order import Role
 from hma_serve.quant import codec
 
@@ -54,7 +54,7 @@ def paged_case(
     def packed(page_format: str, keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
         units = codec(page_format).encode(noise(max(1, packed_pages), kv, 32, dim))
         values = codec(page_format).decode(units).double()
-        order = fragment_orders()(page_format, Role.K if keys else Role.V, dim)
+        order = fragment_page(page_format, Role.K if keys else Role.V, dim)
         return order.arrange(units.flatten(2)), values
 
     k_pages, k_values = packed(k_format, True)

@@ -406,10 +406,13 @@ class DecodeReady(_message.Message):
     LOAD_SECONDS_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     load_seconds: _builtins.float
     kv_capacity_tokens: _builtins.int
     kv_bytes: _builtins.int
+    device_bytes: _builtins.int
+    """Of the device's own memory; 0: it has none."""
     def __init__(
         self,
         *,
@@ -417,10 +420,11 @@ class DecodeReady(_message.Message):
         load_seconds: _builtins.float = ...,
         kv_capacity_tokens: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
+        device_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "kv_bytes", b"kv_bytes", "kv_capacity_tokens", b"kv_capacity_tokens", "load_seconds", b"load_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_bytes", b"device_bytes", "kv_bytes", b"kv_bytes", "kv_capacity_tokens", b"kv_capacity_tokens", "load_seconds", b"load_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,7 @@ class DecodeConfig(PlaceConfig):
 
     Attributes:
         model: `demo`, a directory or a Hub id.
+        device: `cpu` or `cuda`.
         dtype: Of weights and of KV that decode computes: `bfloat16` or `float32`.
         k_offsets: Table of what prefill subtracts from keys; None: nothing.
         threads: Of the engine's arithmetic.
@@ -47,6 +48,7 @@ class DecodeConfig(PlaceConfig):
     """
 
     model: str
+    device: str
     dtype: str
     k_offsets: Path | None
     threads: int
@@ -119,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     add_model_arguments(model)
+    model.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what computes")
     model.add_argument("--dtype", default="bfloat16", choices=list(DTYPE_BYTES), help="of weights and computed KV")
     model.add_argument(
         "--k-offsets", type=Path, metavar="FILE", help="what prefill subtracts from keys (`hma-serve kv calibrate`)"

@@ -17,21 +17,18 @@ import torch
 from hma_serve.checkpoint import read_eos_token_ids, read_model_config
 from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.error_detail import error_detail
-from hma_serve.core.errors import HmaError, Internal
+from hma_serve.core.errors import FailedPrecondition, HmaError, Internal
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.decode.attention import TorchPagedAttention
 from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.engine_parts import EngineParts, EngineSpec, open_cpu
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
-from hma_serve.decode.intake import FusedIntake, MaterialisedIntake
-from hma_serve.decode.pages import KvGeometry, PagePool
-from hma_serve.decode.runner import TorchStepRunner
 from hma_serve.decode.sampling_batch import SamplingBatches
 from hma_serve.decode.scheduler import Scheduler
 from hma_serve.decode.step_loop import StepLoop
 from hma_serve.decode.tickets import TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
-from hma_serve.ipc import EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
-from hma_serve.model import LoadLog, Transformer, open_weights
+from hma_serve.ipc import Arena, EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
+from hma_serve.model import LoadLog
 from hma_serve.telemetry.logs import setup_logging
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -43,10 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The engine's arguments; the front writes them, so none has a default but what may be absent."""
     parser = argparse.ArgumentParser(prog="hma-serve-decode-engine", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--dtype", choices=list(_DTYPES), required=True)
     parser.add_argument("--k-offsets", type=Path)
     parser.add_argument("--codecs", required=True)
     parser.add_argument("--kv-capacity-tokens", type=int, required=True)
+    parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--kv-mode", required=True)
     parser.add_argument("--kv-lease", type=float, required=True)
     parser.add_argument("--max-running", type=int, required=True)
@@ -78,38 +77,54 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
     began = time.monotonic()
     if endpoint.arena is None:
         raise Internal("the engine was started without an arena")
-    config, dtype = read_model_config(args.checkpoint), _DTYPES[args.dtype]
-    with open_weights(args.checkpoint, config, dtype=dtype, progress=LoadLog(_log)) as weights:
-        model = Transformer(config, weights)
-    pool = PagePool(
-        KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
-        packed_formats=args.codecs.split(","),
-        plain_dtype=dtype,
-        capacity_tokens=args.kv_capacity_tokens,
-    )
+    config = read_model_config(args.checkpoint)
+    parts = _parts(args, config, endpoint.arena)
     eos = read_eos_token_ids(args.checkpoint)
-    offsets = _k_offsets(args, config)
     scheduler = Scheduler(max(args.step_tokens, args.max_running))
-    runner = TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads, offsets))
+    batches = SamplingBatches(config.vocab_size, args.max_running, parts.sampling)
     engine = Engine(
-        pool=pool,
-        intake=MaterialisedIntake(pool, offsets) if args.kv_mode == "materialise" else FusedIntake(pool),
+        pool=parts.pool,
+        intake=parts.intake,
         tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
         scheduler=scheduler,
-        steps=StepLoop(scheduler, runner, SamplingBatches(config.vocab_size, args.max_running)),
+        steps=StepLoop(scheduler, parts.runner, batches, overlap=parts.overlap),
         grammars=GrammarQueue(GrammarCompiler(args.checkpoint, config.vocab_size, eos), args.max_running),
         limits=EngineLimits(args.max_running, frozenset(eos), config.vocab_size),
         arena=endpoint.arena,
         emit=endpoint.link.send,
     )
     ready = pb.DecodeReady(
-        device="cpu",
+        device=parts.device,
+        device_bytes=parts.device_bytes,
         load_seconds=time.monotonic() - began,
-        kv_capacity_tokens=pool.capacity_tokens,
-        kv_bytes=pool.memory_bytes,
+        kv_capacity_tokens=parts.pool.capacity_tokens,
+        kv_bytes=parts.pool.memory_bytes,
     )
     endpoint.link.send(pb.DecodeEngineEvent(ready=ready))
     return engine
+
+
+def _parts(args: argparse.Namespace, config: ModelConfig, arena: Arena) -> EngineParts:
+    spec = EngineSpec(
+        checkpoint=args.checkpoint,
+        config=config,
+        dtype=_DTYPES[args.dtype],
+        codecs=args.codecs.split(","),
+        k_offsets=_k_offsets(args, config),
+        kv_mode=args.kv_mode,
+        kv_capacity_tokens=args.kv_capacity_tokens,
+        max_model_len=args.max_model_len,
+        max_running=args.max_running,
+        step_tokens=max(args.step_tokens, args.max_running),
+        progress=LoadLog(_log),
+    )
+    if args.device == "cpu":
+        return open_cpu(spec)
+    try:
+        from hma_serve.decode.cuda import open_cuda
+    except ImportError as exc:
+        raise FailedPrecondition("--device cuda needs the package triton", field="--device") from exc
+    return open_cuda(spec, arena.memory)
 
 
 def _k_offsets(args: argparse.Namespace, config: ModelConfig) -> torch.Tensor | None:

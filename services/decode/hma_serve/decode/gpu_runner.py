@@ -56,11 +56,11 @@ class GpuStepRunner:
 
     Args:
         model: On the device.
-        pool: Pages in fragment order (`kernels.page_orders.fragment_orders`), bfloat16, on the same device.
+        pool: Pages in fragment order (`kernels.page_orders.fragment_page`), bfloat16, on the same device.
         step_tokens: Rows of a step at most.
         sequences: Sequences that run at once at most.
         max_tokens: Tokens of a sequence at most.
-        materialised: The pool's packed pages are BF16 as well.
+        arrivals: Where KV is brought into pages; a sequence's first step waits for it. None: it is there.
     """
 
     def __init__(
@@ -71,12 +71,11 @@ class GpuStepRunner:
         step_tokens: int,
         sequences: int,
         max_tokens: int,
-        materialised: bool = False,
+        arrivals: torch.cuda.Stream | None = None,
     ) -> None:
         if step_tokens > _BUCKETS[-1]:
             raise InvalidArgument(f"a step of {step_tokens} tokens is more than {_BUCKETS[-1]}", field="--step-tokens")
         self._model = model
-        self._materialised = materialised
         self._pool = pool
         device = model.device
         self._rows = next(bucket for bucket in _BUCKETS if bucket >= step_tokens)
@@ -85,7 +84,7 @@ class GpuStepRunner:
         self._last = torch.zeros(self._rows, dtype=torch.int64, device=device)
         self._stages = [torch.zeros((_FIELDS, self._rows), dtype=torch.int32).pin_memory() for _ in range(_STAGES)]
         self._stage = 0
-        self._slots = _Slots(2 * sequences, pages_of(max_tokens), device)
+        self._slots = _Slots(2 * sequences, pages_of(max_tokens), device, arrivals)
         self._memory = pool.memory.view(torch.int32)
         self._graphs: dict[tuple[int, tuple[_Kinds, ...]], _Graph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle()
@@ -128,14 +127,8 @@ class GpuStepRunner:
     def _kind(self, share: Share) -> _Kinds | None:
         """What a sequence's packed pages hold; None: it has none, or they are plain pages."""
         need = share.sequence.pages.need
-        if not need.packed_groups or self._materialised:
-            return None
         k, v = packed_kind(need.k_format), packed_kind(need.v_format)
-        if k is not None and v is not None:
-            return k, v
-        if k is not None or v is not None:
-            raise InvalidArgument(f"keys as {need.k_format} and values as {need.v_format} cannot be read together")
-        return None
+        return (k, v) if need.packed_groups and k is not None and v is not None else None
 
     def _kinds(self, shares: Sequence[Share]) -> tuple[_Kinds, ...]:
         """Those of a step; sequences that have none go with the first."""
@@ -175,30 +168,34 @@ class GpuStepRunner:
 
 
 class _Slots:
-    """Page tables on the device; a sequence's is written when it first runs, and forgotten when its place is wanted."""
+    """Page tables on the device; a sequence's is written when it first runs or has other pages than before."""
 
-    def __init__(self, slots: int, pages: int, device: torch.device) -> None:
-        tables = torch.zeros((2, slots, pages), dtype=torch.int32, device=device)
-        self.k_table, self.v_table = tables
-        self._tables = tables
-        self._held: OrderedDict[Reservation, int] = OrderedDict()
+    def __init__(self, slots: int, pages: int, device: torch.device, arrivals: torch.cuda.Stream | None) -> None:
+        self._tables = torch.zeros((2, slots, pages), dtype=torch.int32, device=device)
+        self.k_table, self.v_table = self._tables
+        self._arrivals = arrivals
+        # Of each: its slot, and the plain pages that are in its table (a change makes a new tensor of them).
+        self._held: OrderedDict[Reservation, tuple[int, torch.Tensor]] = OrderedDict()
         self._free = list(range(slots - 1, -1, -1))
 
     def of(self, reservations: Sequence[Reservation]) -> list[int]:
         """Slots of a step's sequences."""
         return [self._slot(reservation) for reservation in reservations]
 
-    def _slot(self, reservation: Reservation) -> int:
-        slot = self._held.get(reservation)
-        if slot is None:
+    def _slot(self, held: Reservation) -> int:
+        slot, plain = self._held.get(held, (-1, None))
+        if slot < 0:
             # Who ran longest ago cannot be in this step: there are twice as many slots as sequences.
-            slot = self._free.pop() if self._free else self._held.popitem(last=False)[1]
-            self._held[reservation] = slot
-            self._write(slot, reservation)
-        self._held.move_to_end(reservation)
+            slot = self._free.pop() if self._free else self._held.popitem(last=False)[1][0]
+        if plain is not held.plain_k:
+            self._held[held] = (slot, held.plain_k)
+            self._write(slot, held)
+        self._held.move_to_end(held)
         return slot
 
     def _write(self, slot: int, held: Reservation) -> None:
+        if self._arrivals is not None:
+            torch.cuda.current_stream(self._tables.device).wait_stream(self._arrivals)
         pages = torch.stack([torch.cat([held.packed_k, held.plain_k]), torch.cat([held.packed_v, held.plain_v])])
         table = pages.int().pin_memory()
         self._tables[:, slot, : table.shape[1]].copy_(table, non_blocking=True)

@@ -113,7 +113,7 @@ class MaterialisedIntake:
         self._pool = pool
         self._k_offsets = k_offsets
         order = channel_order(pool.geometry.head_dim, KV_ROPE_PAIRING_INTERLEAVED, KV_ROPE_PAIRING_HALF_SPLIT)
-        self._half_split = torch.from_numpy(order)
+        self._half_split = torch.from_numpy(order).to(pool.memory.device)
 
     def need(self, packed: Packed, total_tokens: int) -> Need:
         """See `Intake`."""

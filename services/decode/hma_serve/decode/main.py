@@ -37,6 +37,7 @@ from hma_serve.worker import WorkerFront, run_worker
 __all__ = ["build_parser", "main"]
 
 ENGINE_MODULE = "hma_serve.decode.engine_main"
+_VENDORS = {"cpu": "cpu", "cuda": "nvidia"}
 SERVICES = ("hma_serve.v1.Decode", KV_TRANSFER, "hma_serve.v1.Worker")
 
 _log = logging.getLogger(__name__)
@@ -131,16 +132,13 @@ class _Worker:
     ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
         """The engine process and the task that speaks with it; both are over when the context is."""
         config = self._config
-        capacity = config.capacity_tokens(model.config, model.max_model_len)
-        kv_bytes = capacity * model.config.kv_elements_per_token * DTYPE_BYTES[config.dtype]
-        plan = config.memory_plan(model.config, kv_bytes)
-        _log.info("memory: %s", plan)
-        plan.check("choose a smaller model or lower --kv-capacity-tokens")
         flags = {
             "--checkpoint": model.checkpoint,
+            "--device": config.device,
             "--dtype": config.dtype,
             "--codecs": ",".join(known.name for known in model.codecs),
-            "--kv-capacity-tokens": capacity,
+            "--kv-capacity-tokens": _kv_capacity(config, model),
+            "--max-model-len": model.max_model_len,
             "--kv-mode": config.kv_mode,
             "--kv-lease": config.kv_lease,
             "--max-running": config.max_running,
@@ -177,10 +175,30 @@ class _Worker:
             model=model.info,
             codecs=model.codec_specs,
             limits=WorkerLimits(model.max_model_len, config.max_running, 0, ready.kv_capacity_tokens),
-            device=DeviceInfo(vendor="cpu", name=ready.device, price_per_hour=config.price_per_hour),
+            device=DeviceInfo(
+                vendor=_VENDORS[config.device],
+                name=ready.device,
+                memory_bytes=ready.device_bytes,
+                price_per_hour=config.price_per_hour,
+            ),
             http_address=http_address,
             rope_pairings=tuple(KvRopePairing(pairing) for pairing in model.acceptance.rope_pairings),
         )
+
+
+def _kv_capacity(config: DecodeConfig, model: ServedModel) -> int:
+    """Unquantised tokens of KV to make room for, on a machine that holds them; 0: the device's engine decides.
+
+    Raises:
+        HmaError: The model does not fit this machine.
+    """
+    if config.device != "cpu":
+        return config.kv_capacity_tokens or 0
+    capacity = config.capacity_tokens(model.config, model.max_model_len)
+    plan = config.memory_plan(model.config, capacity * model.config.kv_elements_per_token * DTYPE_BYTES[config.dtype])
+    _log.info("memory: %s", plan)
+    plan.check("choose a smaller model or lower --kv-capacity-tokens")
+    return capacity
 
 
 def _show_load(metrics: DecodeMetrics, load: Load) -> None:

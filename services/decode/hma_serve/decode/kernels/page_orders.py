@@ -2,23 +2,20 @@
 
 Read as they came, in fragment order: `tt_bfp8_b`, `mxint8`, `int8`, `mxfp8_e4m3` and the FP8 family. Read as the
 block-float integers that they exactly are, at 8.5 bits: `tt_bfp4_b`, `tt_bfp2_b`, `mxfp4`. `bf16` is read as plain
-pages are. What is left (`nvfp4`, `int4`) becomes BF16 on arrival, and so does everything where that is asked for.
+pages are. What is left (`nvfp4`, `int4`) has no order here: it becomes BF16 on arrival.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from hma_serve.core.errors import Internal
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES, BytePage
 from hma_serve.decode.kernels.fragment_order import arrange_plain, restore_plain
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, FP8, INTEGER, MXFP8, PackedKind
-from hma_serve.decode.page_order import PageOrder, PageOrders, Role
-from hma_serve.quant import GROUP_TOKENS, codec
+from hma_serve.decode.page_order import PageOrder, Role
+from hma_serve.quant import GROUP_TOKENS
 
 _KINDS = {(False, False): INTEGER, (False, True): BLOCK_FLOAT, (True, False): FP8, (True, True): MXFP8}
 
@@ -29,23 +26,12 @@ def packed_kind(page_format: str) -> PackedKind | None:
     return None if page is None else _KINDS[page.floats, page.powers]
 
 
-def fragment_orders(*, materialise: bool = False) -> PageOrders:
-    """`PageOrders` of the attention kernel.
-
-    Args:
-        materialise: Turn every format into BF16 on arrival.
-    """
-    return partial(_order, materialise)
-
-
-def _order(materialise: bool, page_format: str, role: Role, head_dim: int) -> PageOrder:
+def fragment_page(page_format: str, role: Role, head_dim: int) -> PageOrder:
+    """`PageOrders` of the attention kernel, for the formats that it reads and for BF16."""
     keys = role is Role.K
     if page_format == "bf16":
         return _PlainOrder(keys, head_dim)
-    page = BYTE_PAGES.get(page_format)
-    if page is None or materialise:
-        return _MaterialisedOrder(keys, head_dim, page_format)
-    return _ByteOrder(keys, head_dim, page)
+    return _ByteOrder(keys, head_dim, BYTE_PAGES[page_format])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +67,3 @@ class _PlainOrder:
     def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
         values = restore_plain(pages.contiguous().view(torch.int16), self.keys, self.head_dim)
         return values.flatten(-2).view(torch.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class _MaterialisedOrder:
-    keys: bool
-    head_dim: int
-    page_format: str
-
-    @property
-    def page_bytes(self) -> int:
-        return 2 * GROUP_TOKENS * self.head_dim
-
-    def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
-        values = codec(self.page_format).decode(wire, torch.bfloat16).unflatten(-2, (-1, GROUP_TOKENS))
-        return arrange_plain(values, self.keys).view(torch.uint8)
-
-    def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
-        raise Internal(f"{self.page_format} pages were materialised; what came is no longer there")
-
-
-ARRANGED: Callable[[str], bool] = BYTE_PAGES.__contains__
-"""Whether a format is read without materialising it."""

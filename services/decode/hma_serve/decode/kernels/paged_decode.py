@@ -10,6 +10,9 @@ in float32; p = 2^(S - m) with the running maximum m; O += V p, where V's elemen
 are and the group's power of two goes to p. Elements become FP16 (K) or BF16 (V) in registers, exactly. Heads are the
 eight columns of the product, so one pass over the bytes serves up to eight query heads at the same cost.
 
+Packed pages do not change while a step runs, nor do lengths and tables, so a program finds its place and begins to load
+before the kernel in front of it, which writes queries and the step's own tokens, is over.
+
 Error: products and sums are float32, p is rounded to BF16 (2^-9 relative), which for values without a common sign
 leaves about 1e-3 of the output; everything else is below 1e-4.
 """
@@ -303,15 +306,15 @@ def attend(
     OFFSET: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One warp's stretch of pages. See the module."""
+    """One warp's stretch of pages. See the module.
+
+    `number_pages` must be over when the kernel before this one begins.
+    """
     GROUPS: tl.constexpr = D // 16
     K_FACTOR: tl.constexpr = _HALF_OF_120 if K_ELEMENTS == E4M3 else 0.015625 if K_SCALES == POWERS else 1.0
     V_FACTOR: tl.constexpr = _HALF_OF_120 if V_ELEMENTS == E4M3 else 0.015625 if V_SCALES == POWERS else 1.0
     lane = tl.arange(0, 32)
     program = tl.program_id(0)
-    if PTX:
-        gdc_wait()
-        gdc_launch_dependents()
     unit = tl.load(BEGIN + program)
     end = tl.load(BEGIN + program + 1)
     row = tl.load(ROW + program)
@@ -328,6 +331,13 @@ def attend(
             ktable = KTABLE + slot.to(tl.int64) * table_stride
             vtable = VTABLE + slot.to(tl.int64) * table_stride
             memory = MEMORY + head.to(tl.int64) * head_words
+            k = memory + tl.load(ktable + page).to(tl.int64) * UNIT_WORDS
+            v = memory + tl.load(vtable + page).to(tl.int64) * UNIT_WORDS
+            # If the page is not packed this is in vain, and what it reads may just be written.
+            held = _load_half(k, v, 0, lane, D, K_SCALES, V_SCALES, PTX)
+            if PTX:
+                gdc_wait()
+                gdc_launch_dependents()
             place = (row * KV + head) * G
             column = lane // 4
             inside = column < G
@@ -353,9 +363,6 @@ def attend(
             sums = _zeros(4 * GROUPS)
             last = tl.minimum(stop, packed) - 1
             if page <= last:
-                k = memory + tl.load(ktable + page).to(tl.int64) * UNIT_WORDS
-                v = memory + tl.load(vtable + page).to(tl.int64) * UNIT_WORDS
-                held = _load_half(k, v, 0, lane, D, K_SCALES, V_SCALES, PTX)
                 for p in range(page, last + 1):
                     # Loaded one half ahead; behind the last page its own second half, which is in the cache.
                     after = tl.minimum(p + 1, last)

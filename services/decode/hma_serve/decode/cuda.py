@@ -1,0 +1,163 @@
+"""What an engine computes with on an NVIDIA GPU: memory, intake, kernels, and whether they fit.
+
+KV arrives beside the steps, not between them: a block is copied from its pinned slot on a stream of its own and brought
+into its pages' order on another, so that neither the host nor a step waits for the other. A step waits for pages when
+it first reads them.
+
+A format is kept as it came if the attention kernel reads it, and becomes BF16 on arrival otherwise; so do keys whose
+channels are in the interleaved order.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+
+from hma_serve.core.errors import FailedPrecondition, InvalidArgument
+from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
+from hma_serve.decode.engine_parts import EngineParts, EngineSpec
+from hma_serve.decode.gpu_runner import GpuStepRunner
+from hma_serve.decode.intake import FusedIntake, MaterialisedIntake, Packed
+from hma_serve.decode.kernels.attention_call import HEADS_AT_ONCE
+from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
+from hma_serve.decode.kernels.step_model import StepModel
+from hma_serve.decode.page_order import Role
+from hma_serve.decode.pages import KvGeometry, Need, PagePool
+from hma_serve.model import open_weights
+
+_RESERVE = 1 << 30
+"""Bytes for captured graphs and for the workspaces of cuBLAS."""
+_BF16_BYTES = 2
+
+
+def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
+    """Loads the model onto the current GPU and takes the memory for KV.
+
+    Args:
+        spec: What to load.
+        slots: Where blocks arrive; is pinned.
+
+    Raises:
+        InvalidArgument: The model's shape or dtype has no kernels.
+        FailedPrecondition: There is no GPU, or the model does not fit it; says the arithmetic.
+    """
+    _require_supported(spec)
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = spec.config
+    capacity = _capacity(spec, device)
+    _pin(slots)
+    with open_weights(spec.checkpoint, config, device=device, dtype=torch.bfloat16, progress=spec.progress) as weights:
+        offsets = None if spec.k_offsets is None else spec.k_offsets.to(device)
+        model = StepModel(config, weights, offsets)
+    pool = PagePool(
+        KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
+        packed_formats=[name for name in spec.codecs if packed_kind(name) is not None],
+        plain_dtype=torch.bfloat16,
+        capacity_tokens=capacity,
+        orders=fragment_page,
+        device=device,
+    )
+    intake = CudaIntake(pool, offsets, fused=spec.kv_mode == "fused")
+    runner = GpuStepRunner(
+        model,
+        pool,
+        step_tokens=spec.step_tokens,
+        sequences=spec.max_running,
+        max_tokens=spec.max_model_len,
+        arrivals=intake.arrivals,
+    )
+    return EngineParts(
+        device=torch.cuda.get_device_name(device),
+        device_bytes=torch.cuda.get_device_properties(device).total_memory,
+        pool=pool,
+        intake=intake,
+        runner=runner,
+        sampling=device,
+        overlap=True,
+    )
+
+
+class CudaIntake:
+    """`Intake` on streams of its own.
+
+    Args:
+        pool: The pages, on a GPU.
+        k_offsets: See `MaterialisedIntake`; on the GPU.
+        fused: Keep what the attention kernel reads as it came.
+    """
+
+    def __init__(self, pool: PagePool, k_offsets: torch.Tensor | None, *, fused: bool) -> None:
+        self._device = pool.memory.device
+        self._fused = FusedIntake(pool) if fused else None
+        self._materialised = MaterialisedIntake(pool, k_offsets)
+        self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self.arrivals = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def need(self, packed: Packed, total_tokens: int) -> Need:
+        """See `Intake`."""
+        return self._of(packed).need(packed, total_tokens)
+
+    @torch.inference_mode()
+    def store(
+        self, packed: Packed, role: Role, layer: int, addresses: torch.Tensor, heads: slice, units: torch.Tensor
+    ) -> None:
+        """See `Intake`; returns when the units have left their slot."""
+        with torch.cuda.stream(self._copies):
+            there = units.to(self._device, non_blocking=True)
+            places = addresses.pin_memory().to(self._device, non_blocking=True)
+            copied = self._copies.record_event()
+        self.arrivals.wait_event(copied)
+        with torch.cuda.stream(self.arrivals):
+            self._of(packed).store(packed, role, layer, places, heads, there)
+        there.record_stream(self.arrivals)
+        places.record_stream(self.arrivals)
+        copied.synchronize()
+
+    def _of(self, packed: Packed) -> FusedIntake | MaterialisedIntake:
+        read = packed_kind(packed.k_codec) is not None and packed_kind(packed.v_codec) is not None
+        if self._fused is not None and read and not packed.interleaved:
+            return self._fused
+        return self._materialised
+
+
+def _require_supported(spec: EngineSpec) -> None:
+    config = spec.config
+    if not torch.cuda.is_available():
+        raise FailedPrecondition("--device cuda needs an NVIDIA GPU that torch can use", field="--device")
+    if spec.dtype is not torch.bfloat16:
+        raise InvalidArgument("on a GPU decode computes in bfloat16", field="--dtype")
+    if config.head_dim % 32 or config.group_size > HEADS_AT_ONCE:
+        raise InvalidArgument(
+            f"the GPU's attention needs head_dim in multiples of 32 and at most {HEADS_AT_ONCE} query heads per KV "
+            f"head; the model has {config.head_dim} and {config.group_size}",
+            field="--model",
+        )
+
+
+def _capacity(spec: EngineSpec, device: torch.device) -> int:
+    """Unquantised tokens of KV to make room for: as asked, or what is left of the GPU."""
+    config = spec.config
+    per_token = config.kv_elements_per_token * _BF16_BYTES
+    workspace = workspace_bytes(config, _BF16_BYTES, tokens=spec.step_tokens, sampled=spec.max_running) + _RESERVE
+    free, _ = torch.cuda.mem_get_info(device)
+    weights = weight_bytes(config, _BF16_BYTES)
+    left = (free - weights - workspace) // per_token
+    tokens = spec.kv_capacity_tokens or min(
+        max(spec.max_model_len, left * 19 // 20), 2 * spec.max_running * spec.max_model_len
+    )
+    name = torch.cuda.get_device_name(device)
+    plan = MemoryPlan(weights=weights, kv=tokens * per_token, workspace=workspace, available=free, device=name)
+    plan.check("choose a smaller model or lower --kv-capacity-tokens or --max-model-len")
+    return tokens
+
+
+def _pin(slots: memoryview) -> None:
+    """So that copies need no staging; whole pages, as the arena maps them."""
+    array = np.frombuffer(slots, dtype=np.uint8)
+    status = torch.cuda.cudart().cudaHostRegister(  # type: ignore[no-untyped-call]
+        array.ctypes.data, array.nbytes // mmap.PAGESIZE * mmap.PAGESIZE, 0
+    )
+    if int(status) != 0:
+        raise FailedPrecondition(f"cannot pin {array.nbytes} bytes of host memory for the GPU: error {int(status)}")
