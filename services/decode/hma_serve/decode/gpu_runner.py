@@ -157,7 +157,8 @@ class GpuStepRunner:
 
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        length.zero_()
+        # What a larger step left there would point at rows that this one does not have.
+        self._inputs.zero_()
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream(device).wait_stream(stream)
