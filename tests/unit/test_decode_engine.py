@@ -145,6 +145,7 @@ def admit(
     emitted: int = 0,
     stop_token: int | None = None,
     keys: Sequence[bytes] = (),
+    priority: int = 0,
 ) -> pb.DecodeEngineCommand:
     sampling = common_pb2.SamplingParams(temperature=0.0)
     return pb.DecodeEngineCommand(
@@ -162,6 +163,7 @@ def admit(
             ),
             deadline_ns=int(deadline * 1e9),
             prefix_keys=keys,
+            priority=priority,
         )
     )
 
@@ -409,6 +411,22 @@ def test_a_deadline_ends_a_running_stream_between_steps(harness: Harness) -> Non
     assert harness.failure(harness.turn()).code == "deadline_exceeded"
     assert len(harness.runner.steps) == steps
     assert harness.pool.used_tokens == 0
+
+
+def test_equal_prompts_share_a_step_and_a_higher_priority_takes_it(harness: Harness) -> None:
+    harness.turn(admit(1, 100, 0), admit(2, 100, 0))
+    assert harness.runner.steps == [[(1, 32), (2, 32)]]
+    harness.turn(admit(3, 100, 0, priority=1))
+    assert harness.runner.steps[1] == [(3, 64)]
+    harness.turn()
+    # What the urgent one leaves is shared again.
+    assert harness.runner.steps[2] == [(3, 36), (1, 14), (2, 14)]
+
+
+def test_the_nearest_deadline_is_served_first(harness: Harness) -> None:
+    harness.turn(admit(1, 33, 0), admit(2, 63, 0, deadline=harness.now + 9), admit(3, 33, 0, deadline=harness.now + 3))
+    # Equal parts of 21; the one left over goes to the most urgent.
+    assert harness.runner.steps == [[(3, 22), (2, 21), (1, 21)]]
 
 
 def test_closing_frees_before_the_next_step(harness: Harness) -> None:
