@@ -1,0 +1,77 @@
+"""A producer whose keys stand in interleaved RoPE channels, before a real decode worker of a half-split model."""
+
+import asyncio
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from hma_serve.kvblock import channel_order, decode_frame, encode_frame
+from hma_serve.v1 import worker_pb2
+from hma_serve.v1.kv_block_pb2 import (
+    KV_ROLE_K,
+    KV_ROPE_PAIRING_HALF_SPLIT,
+    KV_ROPE_PAIRING_INTERLEAVED,
+    KvRope,
+)
+from support.decode_worker import (
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    ROPE,
+    VOCAB,
+    WINDOW,
+    by_transformers,
+    connected,
+    emitted,
+    first,
+    prompt,
+    rest,
+    running_worker,
+)
+from support.tiny_qwen3 import make_tiny_checkpoint
+
+
+def _turned(frames: list[bytes]) -> list[bytes]:
+    """The same `f32` stream as a producer sends it that keeps its keys interleaved."""
+    order = channel_order(HEAD_DIM, KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED)
+    turned = []
+    for frame in frames:
+        header, payload = decode_frame(frame)
+        content = bytes(payload)
+        if header.HasField("block") and header.block.role == KV_ROLE_K:
+            content = np.frombuffer(payload, "<f4").reshape(-1, HEAD_DIM)[:, order].tobytes()
+            header.block.sections[0].crc32c = google_crc32c.value(content)
+        turned.append(encode_frame(header, content))
+    return turned
+
+
+async def test_interleaved_and_half_split_keys_give_the_same_tokens(tmp_path: Path) -> None:
+    checkpoint = make_tiny_checkpoint(
+        tmp_path / "tiny",
+        layers=LAYERS,
+        heads=8,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab=VOCAB,
+        max_position_embeddings=WINDOW,
+    )
+    tokens = prompt(140)
+    interleaved = KvRope(pairing=KV_ROPE_PAIRING_INTERLEAVED, theta=ROPE.theta)
+    with running_worker(checkpoint) as worker:
+        async with connected(worker, checkpoint) as client:
+            described = (await client.worker.Describe(worker_pb2.DescribeRequest())).worker
+            assert list(described.rope_pairings) == [KV_ROPE_PAIRING_INTERLEAVED]  # which routers go by
+
+            async def other_order() -> list[int]:
+                request = client.request(tokens, 128)
+                request.offer.rope.CopyFrom(interleaved)
+                call = client.decode.Generate(request, timeout=60)
+                ticket = await first(call)
+                await client.push(tokens[:128], ticket.ticket, change=_turned, rope=interleaved)
+                return emitted([ticket, *await rest(call)])
+
+            both = await asyncio.gather(other_order(), client.generate(client.request(tokens, 128)))  # in one batch
+    right = by_transformers(checkpoint, [tokens])[0]
+    assert both[0] == right
+    assert emitted(both[1]) == right
