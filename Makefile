@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench clean
+.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-pipeline clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -73,6 +73,9 @@ proto: setup ## Regenerate the stubs from protos/
 
 bench: setup ## Print the benchmarks' figures
 	$(BIN)/python -m bench $(ARGS)
+
+bench-pipeline: setup ## KV transfer hidden behind computation, against the formula
+	$(BIN)/python -m bench pipeline
 
 clean: ## Remove everything that the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "kv_stream": "KV stream, numpy to numpy between two processes: gRPC against plain sockets, 1 MiB blocks",
     "serving": "the whole stack on this machine with the demo model",
     "step_jitter": "a decode step while the KV of other requests arrives at full speed",
+    "pipeline": "KV transfer that a prompt waits for, over a link of limited rate, in units of its computation T_c",
     "codecs": "codecs on the CPU against a torch copy of the same output",
 }
 

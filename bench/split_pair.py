@@ -1,0 +1,186 @@
+"""A real prefill worker and a real decode worker with a limited link between them, and one request through both."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+import numpy as np
+
+from bench.figures import SEED
+from bench.limited_link import LimitedLink
+from hma_serve.rpc import deadline_in, open_channel
+from hma_serve.v1 import (
+    common_pb2,
+    decode_pb2,
+    decode_pb2_grpc,
+    prefill_pb2,
+    prefill_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+
+_SERVING = re.compile(r"gRPC (\S+), HTTP")
+_SECONDS = 600.0
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A running worker.
+
+    Attributes:
+        address: Of its gRPC services.
+        said: The line with which it began to serve.
+    """
+
+    address: str
+    said: str
+
+
+@contextlib.contextmanager
+def worker(role: str, *arguments: str) -> Iterator[Worker]:
+    """Runs `hma-serve ROLE` without a registry."""
+    command = [sys.executable, "-m", "hma_serve.cli.main", role, "--etcd", "none", "--listen", "127.0.0.1:0"]
+    # Two workers on one machine must not fight for its cores with spinning threads.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    said: list[str] = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if found := _SERVING.search(line):
+                threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
+                yield Worker(found[1], line)
+                break
+        else:
+            raise RuntimeError(f"the {role} worker did not start:\n{''.join(said)}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one request cost.
+
+    Attributes:
+        ttft: Seconds from the request to its first token.
+        compute: Seconds of computation in prefill, measured there while the link was in use.
+        exposed: Seconds of prefill's part that were neither queue nor computation.
+        payload_bytes: KV that travelled.
+    """
+
+    ttft: float
+    compute: float
+    exposed: float
+    payload_bytes: int
+
+
+class Pair:
+    """A prefill worker, a decode worker, a link.
+
+    Args:
+        prefill: Channel to prefill.
+        decode: Channel to decode, not limited.
+        link: From prefill to decode.
+        info: What prefill says of itself.
+    """
+
+    def __init__(
+        self, prefill: grpc.aio.Channel, decode: grpc.aio.Channel, link: LimitedLink, info: worker_pb2.WorkerInfo
+    ) -> None:
+        self._prefill = prefill_pb2_grpc.PrefillStub(prefill)
+        self._decode: Any = decode_pb2_grpc.DecodeStub(decode)
+        self._load: Any = worker_pb2_grpc.WorkerStub(decode)
+        self._info = info
+        self.link = link
+
+    async def run(self, tokens: int) -> Passage:
+        """One request of so many packed tokens, none of it seen before, for one new token."""
+        request = self._request(tokens)
+        began = time.perf_counter()
+        generating = self._decode.Generate(request)
+        ticket = (await generating.read()).ticket
+        asked = prefill_pb2.PrefillRequest(
+            context=request.context,
+            token_ids=request.prompt_token_ids[:tokens],
+            ticket=ticket.nonce,
+            decode_address=self.link.address,
+        )
+        asked_at = time.perf_counter()
+        responses: list[Any] = [response async for response in self._prefill.Prefill(asked)]
+        spent, completed = time.perf_counter() - asked_at, responses[-1].completed
+        while not (await generating.read()).HasField("tokens"):
+            pass
+        ttft = time.perf_counter() - began
+        generating.cancel()
+        await self._used(lambda used: used == 0)
+        exposed = spent - completed.queue_seconds - completed.compute_seconds
+        return Passage(ttft, completed.compute_seconds, exposed, completed.payload_bytes)
+
+    async def held_tokens(self, tokens: int) -> int:
+        """What decode reserves for such a request, in tokens of its own plain format."""
+        generating = self._decode.Generate(self._request(tokens))
+        await generating.read()
+        used = await self._used(lambda used: used > 0)
+        generating.cancel()
+        await self._used(lambda used: used == 0)
+        return used
+
+    def _request(self, packed: int) -> decode_pb2.DecodeGenerateRequest:
+        number, model, codecs = next(_numbers), self._info.model, self._info.codecs
+        drawn = np.random.default_rng((SEED, number)).integers(3, model.vocab, packed + 1)
+        offer = decode_pb2.KvOffer(
+            model_fingerprint=model.fingerprint,
+            k_codec=codecs[0],
+            v_codec=codecs[-1],
+            rope=model.rope,
+            producer_instance=self._info.instance,
+            profile=self._info.profile,
+        )
+        return decode_pb2.DecodeGenerateRequest(
+            context=common_pb2.RequestContext(
+                request_id=f"bench-{number}", epoch=1, deadline=deadline_in(_SECONDS), tenant=f"tenant {number}"
+            ),
+            prompt_token_ids=[int(token) for token in drawn],
+            packed_tokens=packed,
+            offer=offer,
+            sampling=common_pb2.SamplingParams(temperature=0.0),
+            stop=common_pb2.StopConditions(max_tokens=1, ignore_eos=True),
+        )
+
+    async def _used(self, settled: Callable[[int], bool]) -> int:
+        call = self._load.WatchLoad(worker_pb2.WatchLoadRequest())
+        try:
+            while True:
+                used = int((await call.read()).load.kv_used_tokens)
+                if settled(used):
+                    return used
+        finally:
+            call.cancel()
+
+
+@contextlib.asynccontextmanager
+async def connected(prefill: Worker, decode: Worker) -> AsyncIterator[Pair]:
+    """Puts a link, not limited yet, between two running workers."""
+    async with LimitedLink(decode.address) as link:
+        channels = open_channel(prefill.address), open_channel(decode.address)
+        try:
+            about: Any = worker_pb2_grpc.WorkerStub(channels[0])
+            info = (await about.Describe(worker_pb2.DescribeRequest())).worker
+            yield Pair(*channels, link, info)
+        finally:
+            for channel in channels:
+                await channel.close()
