@@ -138,6 +138,22 @@ async def test_a_prompt_whose_beginning_is_here_is_sent_from_its_end(client: Cli
     assert of_another[0].ticket.present_tokens == 0
 
 
+async def test_requests_that_lost_computed_pages_go_on_where_they_were(checkpoint: Path) -> None:
+    """More text than overcommitted memory holds: the real attention reads pages that were given up and had back."""
+    prompts = [prompt(length, seed) for seed, length in enumerate((300, 290, 100, 70, 33))]
+    packed = (288, 0, 96, 64, 0)
+    arguments = ("--overcommit", "--max-model-len", "512", "--kv-capacity-tokens", "512")
+    with running_worker(checkpoint, *arguments) as made:
+        async with connected(made, checkpoint) as client:
+            requests = [client.request(*pair, max_tokens=180) for pair in zip(prompts, packed, strict=True)]
+            alone = [emitted(await client.generate(request)) for request in requests]
+            together = await asyncio.gather(*map(client.generate, requests))
+            async with httpx.AsyncClient() as http:
+                lines = (await http.get(f"http://{made.http}/metrics")).text.splitlines()
+    assert [emitted(responses) for responses in together] == alone
+    assert float(next(line for line in lines if line.startswith("hma_decode_preemptions ")).split()[1]) > 0
+
+
 async def test_a_migrated_request_goes_on_where_it_stopped(client: Client, checkpoint: Path) -> None:
     tokens = prompt(70)
     (whole,) = by_transformers(checkpoint, [tokens])

@@ -16,6 +16,7 @@ from hma_serve.checkpoint import read_eos_token_ids, read_model_config
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.decode.attention import TorchPagedAttention
+from hma_serve.decode.commitment import FullCommitment
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.intake import FusedIntake
@@ -108,6 +109,7 @@ class LocalEngine:
         self._engine = Engine(
             pool=self._pool,
             intake=FusedIntake(self._pool),
+            commitment=FullCommitment(self._pool, scheduler),
             tickets=TicketTable(lease=600.0, clock=time.monotonic),
             scheduler=scheduler,
             steps=StepLoop(scheduler, runner, SamplingBatches(config.vocab_size, streams), overlap=overlap),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hma_serve.checkpoint import resolve_checkpoint
+from hma_serve.decode.commitment import FullCommitment, OverCommitment
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.intake import FusedIntake
@@ -71,7 +72,9 @@ class NextNumberStep:
 class Harness:
     """An engine with its ends in hand."""
 
-    def __init__(self, capacity: int = 2000, max_running: int = 3, *, overlap: bool = False) -> None:
+    def __init__(
+        self, capacity: int = 2000, max_running: int = 3, *, overlap: bool = False, overcommit: bool = False
+    ) -> None:
         self.now = 500.0
         self.events: list[pb.DecodeEngineEvent] = []
         self.runner = NextNumber()
@@ -83,12 +86,16 @@ class Harness:
             capacity_tokens=capacity,
         )
         scheduler = Scheduler(64)
+        steps = StepLoop(scheduler, self.runner, SamplingBatches(VOCAB, max_running), overlap=overlap)
         self.engine = Engine(
             pool=self.pool,
             intake=FusedIntake(self.pool),
+            commitment=OverCommitment(self.pool, scheduler, steps)
+            if overcommit
+            else FullCommitment(self.pool, scheduler),
             tickets=TicketTable(lease=LEASE, clock=lambda: self.now),
             scheduler=scheduler,
-            steps=StepLoop(scheduler, self.runner, SamplingBatches(VOCAB, max_running), overlap=overlap),
+            steps=steps,
             grammars=GrammarQueue(GrammarCompiler(resolve_checkpoint("demo"), VOCAB, [EOS]), 2),
             limits=EngineLimits(max_running, frozenset({EOS}), VOCAB),
             arena=self.arena,
@@ -545,3 +552,44 @@ def test_a_failure_ends_everyone_in_the_steps_under_way() -> None:
     assert {event.failed.stream for event in events if event.HasField("failed")} == {1, 2}
     assert harness.pool.used_tokens == 0
     harness.pool.check_integrity()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_youngest_begins_again_when_overcommitted_memory_runs_out(overlap: bool) -> None:
+    harness = Harness(capacity=320, max_running=9, overlap=overlap, overcommit=True)
+    lengths = {stream: 210 - stream for stream in range(1, 7)}
+    produced: dict[int, list[int]] = {stream: [] for stream in lengths}
+    emit = harness.engine._emit
+
+    def note(*events: pb.DecodeEngineEvent) -> None:
+        for output in outputs(list(events)):
+            produced[output.stream] += output.tokens.token_ids
+        emit(*events)
+
+    harness.engine._emit = note
+    for stream, length in lengths.items():
+        nonce = harness.admit(stream, max_tokens=length)
+        harness.turn(attach(10 + stream, nonce))
+        harness.fill(10 + stream)
+        harness.turn(end_push(10 + stream))
+    packed = {number: each.sequence.pages.packed_k for number, each in harness.engine._streams.items()}
+    preempted: set[int] = set()
+    steps_before = harness.runner.steps.copy()
+    while harness.patience == 0:
+        harness.turn()
+        harness.pool.check_integrity()
+        running = {sequence.stream for sequence in harness.engine._scheduler}
+        for number in harness.engine._streams.keys() - running:
+            if not preempted:
+                assert harness.failure(harness.turn(admit(9, 70, 64))).code == "resource_exhausted"
+            preempted.add(number)
+            # Its packed prompt stays where it was.
+            assert torch.equal(harness.engine._streams[number].sequence.pages.packed_k, packed[number])
+    assert 6 in preempted
+    assert 1 not in preempted
+    # Nothing twice, nothing left out.
+    assert produced == {stream: list(range(80, 80 + length)) for stream, length in lengths.items()}
+    assert harness.pool.used_tokens == 0
+    replayed = {stream for step in harness.runner.steps[len(steps_before) :] for stream, count in step if count > 1}
+    assert replayed == preempted
+    assert harness.engine._commitment.pauses >= len(preempted)

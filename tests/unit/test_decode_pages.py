@@ -202,7 +202,7 @@ def test_freeing_twice_is_refused() -> None:
 def test_integrity_notices_a_lost_page() -> None:
     pool = make_pool()
     pool.reserve(need(32, 40))
-    size = pool._slabs._sizes[pool._plain_stride]
+    size = pool._slabs._sizes[pool._plain_kind]
     next(iter(size.free.values())).pop()
     with pytest.raises(Internal, match="lost or owned twice"):
         pool.check_integrity()
@@ -211,7 +211,7 @@ def test_integrity_notices_a_lost_page() -> None:
 def test_integrity_notices_a_page_with_two_owners() -> None:
     pool = make_pool()
     reservation = pool.reserve(need(32, 40))
-    size = pool._slabs._sizes[pool._plain_stride]
+    size = pool._slabs._sizes[pool._plain_kind]
     next(iter(size.free.values())).append(int(reservation.plain_k[0]))
     with pytest.raises(Internal, match="lost or owned twice"):
         pool.check_integrity()

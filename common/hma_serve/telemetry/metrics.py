@@ -181,6 +181,7 @@ class DecodeMetrics:
     kv_capacity_tokens: Gauge
     step_seconds: Gauge
     steps: Gauge
+    preemptions: Gauge
     registered: Gauge
     vllm_running: Gauge
     vllm_waiting: Gauge
@@ -217,6 +218,7 @@ def decode_metrics(registry: CollectorRegistry = REGISTRY) -> DecodeMetrics:
         kv_capacity_tokens=gauge("kv_capacity_tokens", "KV memory, in unquantised tokens."),
         step_seconds=gauge("step_seconds", "Running mean of a step's duration."),
         steps=gauge("steps", "Steps since the start."),
+        preemptions=gauge("preemptions", "Requests that lost computed KV for want of memory, since the start."),
         registered=gauge("registered", "1 while routers can find this worker, else 0."),
         # The names that existing gateways and load tools read.
         vllm_running=Gauge("vllm:num_requests_running", "As hma_decode_running_requests.", registry=registry),

@@ -366,9 +366,9 @@ def _interleaved(head_dim: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(order).to(device)
 
 
-def _extent(span: Span) -> tuple[int, int]:
-    """What decides a span's page table: the plain pages in use, and from which on a query may not see all."""
-    return span.plain_groups, span.plain_start // GROUP_TOKENS
+def _extent(span: Span) -> tuple[int, int, int]:
+    """What decides a span's page table: which plain pages are in use, and from which on a query may not see all."""
+    return span.pages.version, span.plain_groups, span.plain_start // GROUP_TOKENS
 
 
 def _owners(rows: Sequence[int], counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,7 @@ class DecodeConfig(PlaceConfig):
         kv_capacity_tokens: Unquantised tokens of KV that fit; None: from the free memory.
         kv_mode: `fused`: packed KV is read as it came; `materialise`: decoded when it arrives.
         share_prefixes: Requests of one tenant share the pages of a common prompt prefix.
+        overcommit: Requests take memory for their output as it grows, and the youngest begins again when none is left.
         max_running: Requests that hold pages at once, those that wait for their KV included.
         step_tokens: Tokens that one step computes at most: how long a prompt may hold up the others.
         kv_lease: Seconds that a request waits for its KV without a sign of life.
@@ -56,6 +57,7 @@ class DecodeConfig(PlaceConfig):
     kv_capacity_tokens: int | None
     kv_mode: str
     share_prefixes: bool
+    overcommit: bool
     max_running: int
     step_tokens: int
     kv_lease: float
@@ -145,6 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="requests of one tenant share the pages of a common prompt prefix",
+    )
+    work.add_argument(
+        "--overcommit",
+        action="store_true",
+        help="take memory for output as it grows; the youngest request computes again when none is left",
     )
     work.add_argument("--max-running", type=int, default=64, help="requests that hold pages at once")
     work.add_argument(

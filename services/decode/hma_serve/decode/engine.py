@@ -31,6 +31,7 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.request import SamplingParams, StopConditions, Structure
+from hma_serve.decode.commitment import Commitment
 from hma_serve.decode.grammar import Grammar, GrammarQueue
 from hma_serve.decode.intake import Arrival, Intake, Packed
 from hma_serve.decode.pages import PagePool
@@ -88,6 +89,7 @@ class Engine:
     Args:
         pool: All pages.
         intake: Puts packed KV into them.
+        commitment: Gives them to requests.
         tickets: The table; its lease and clock are the engine's.
         scheduler: Who runs.
         steps: Computes the scheduler's steps.
@@ -104,6 +106,7 @@ class Engine:
         *,
         pool: PagePool,
         intake: Intake,
+        commitment: Commitment,
         tickets: TicketTable,
         scheduler: Scheduler,
         steps: StepLoop,
@@ -116,6 +119,7 @@ class Engine:
     ) -> None:
         self._pool = pool
         self._intake = intake
+        self._commitment = commitment
         self._tickets = tickets
         self._scheduler = scheduler
         self._loop = steps
@@ -213,7 +217,7 @@ class Engine:
             self._join(stream)
 
     def _reserved(self, admit: pb.DecodeAdmit, grammar: Grammar | None) -> _Stream:
-        """Holds everything that the request will ever need, or refuses."""
+        """Holds what the request needs to begin, or refuses."""
         if len(self._streams) >= self._limits.max_running:
             raise ResourceExhausted(
                 f"this decode worker runs {len(self._streams)} requests already", retry_after=_RETRY_AFTER
@@ -225,14 +229,13 @@ class Engine:
                 "the request needs more KV memory than this decode worker has; raise --kv-capacity-tokens",
                 field="--kv-capacity-tokens",
             )
-        if not self._pool.can_reserve(need, keys):
-            raise ResourceExhausted("not enough KV memory is free on this decode worker", retry_after=_RETRY_AFTER)
+        tokens = [*admit.prompt_token_ids, *admit.emitted_token_ids]
         sampling = SamplingParams.from_proto(admit.sampling)
         sequence = Sequence(
             stream=admit.stream,
-            pages=self._pool.reserve(need, keys),
+            pages=self._commitment.reserve(need, keys, len(tokens)),
             prompt_tokens=len(admit.prompt_token_ids),
-            tokens=[*admit.prompt_token_ids, *admit.emitted_token_ids],
+            tokens=tokens,
             computed=admit.packed_tokens,
             sampling=sampling,
             seed=self._mint_seed() if sampling.seed is None else sampling.seed,
@@ -317,7 +320,7 @@ class Engine:
 
     def _join(self, stream: _Stream) -> None:
         stream.joined = True
-        self._scheduler.join(stream.sequence)
+        self._commitment.join(stream.sequence)
 
     # Sweep.
 
@@ -340,6 +343,7 @@ class Engine:
         if stream is None:
             return False
         push = self._tickets.drop(stream.ticket)
+        self._commitment.leave(stream.sequence)
         self._loop.leave(stream.sequence, partial(self._pool.free, stream.sequence.pages))
         if push is not None:
             reason = error or Unavailable("the request was cancelled while its KV was arriving")
@@ -351,6 +355,7 @@ class Engine:
     def _step(self) -> None:
         began = self._clock()
         try:
+            self._commitment.prepare(lambda: self._loop.settle(self._take))
             taken = self._loop.turn(self._take)
         except StepFailed as exc:
             self._step_failed(exc)
@@ -434,6 +439,7 @@ class Engine:
             kv_used_tokens=counts[2],
             step_seconds=self._meter.mean_seconds,
             steps=self._meter.steps,
+            preemptions=self._commitment.pauses,
             context_tokens=sum(sequence.computed for sequence in self._scheduler),
             cost=self._meter.cost,
             late_blocks=self._late_blocks,
@@ -447,7 +453,7 @@ class Engine:
             self._outbox.clear()
 
     def _patience(self) -> float | None:
-        if len(self._scheduler) or not self._loop.idle:
+        if len(self._scheduler) or self._commitment.paused or not self._loop.idle:
             return 0
         if self._compiling:
             return _COMPILE_POLL

@@ -19,6 +19,7 @@ from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.error_detail import error_detail
 from hma_serve.core.errors import FailedPrecondition, HmaError, Internal
 from hma_serve.core.model_config import ModelConfig
+from hma_serve.decode.commitment import FullCommitment, OverCommitment
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.engine_parts import EngineParts, EngineSpec, open_cpu
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-capacity-tokens", type=int, required=True)
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--kv-mode", required=True)
+    parser.add_argument("--overcommit", choices=["yes", "no"], required=True)
     parser.add_argument("--kv-lease", type=float, required=True)
     parser.add_argument("--max-running", type=int, required=True)
     parser.add_argument("--step-tokens", type=int, required=True)
@@ -82,12 +84,16 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
     eos = read_eos_token_ids(args.checkpoint)
     scheduler = Scheduler(max(args.step_tokens, args.max_running))
     batches = SamplingBatches(config.vocab_size, args.max_running, parts.sampling)
+    steps = StepLoop(scheduler, parts.runner, batches, overlap=parts.overlap)
     engine = Engine(
         pool=parts.pool,
         intake=parts.intake,
+        commitment=OverCommitment(parts.pool, scheduler, steps)
+        if args.overcommit == "yes"
+        else FullCommitment(parts.pool, scheduler),
         tickets=TicketTable(lease=args.kv_lease, clock=time.monotonic),
         scheduler=scheduler,
-        steps=StepLoop(scheduler, parts.runner, batches, overlap=parts.overlap),
+        steps=steps,
         grammars=GrammarQueue(GrammarCompiler(args.checkpoint, config.vocab_size, eos), args.max_running),
         limits=EngineLimits(args.max_running, frozenset(eos), config.vocab_size),
         arena=endpoint.arena,

@@ -140,6 +140,7 @@ class _Worker:
             "--kv-capacity-tokens": _kv_capacity(config, model),
             "--max-model-len": model.max_model_len,
             "--kv-mode": config.kv_mode,
+            "--overcommit": "yes" if config.overcommit else "no",
             "--kv-lease": config.kv_lease,
             "--max-running": config.max_running,
             "--step-tokens": config.step_tokens,
@@ -212,6 +213,7 @@ def _show_load(metrics: DecodeMetrics, load: Load) -> None:
     metrics.kv_capacity_tokens.set(load.kv_capacity_tokens)
     metrics.step_seconds.set_function(lambda: load.engine.step_seconds)
     metrics.steps.set_function(lambda: load.engine.steps)
+    metrics.preemptions.set_function(lambda: load.engine.preemptions)
 
 
 if __name__ == "__main__":

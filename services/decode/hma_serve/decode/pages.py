@@ -11,6 +11,7 @@ Pages of all codecs and of all roles share the range (`slabs`): a codec that nob
 Ownership: free page -> `reserve` -> a `Reservation` -> `free` -> free page. Whoever holds a reservation is the only one
 to read and write its pages, except those of a common prefix (`prefix_cache`): these belong to the cache once they are
 complete (`publish`), may be read by several reservations, and stay after the last of them until memory is needed.
+A reservation may begin with fewer pages for computed tokens than it needs (`grow`) and may lose them all (`strip`).
 What `can_reserve` and `can_grow` promise holds until the next change. Nothing is allocated after the pool was built.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,7 +27,7 @@ from hma_serve.core.errors import Internal
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.decode.page_order import PageOrder, PageOrders, Role, page_order
 from hma_serve.decode.prefix_cache import PrefixCache, SharedGroup
-from hma_serve.decode.slabs import Slabs
+from hma_serve.decode.slabs import PageKind, Slabs
 
 ALIGNMENT = 16
 """Bytes: the unit of addresses, to which every page of every head is aligned."""
@@ -63,7 +64,7 @@ class Need:
         k_format: Of the packed keys; meaningless without packed groups.
         v_format: Of the packed values.
         packed_groups: Groups of 32 tokens that arrive packed.
-        plain_groups: Groups of 32 tokens that decode computes.
+        plain_groups: Groups of 32 tokens that decode computes, at most.
         interleaved: The packed keys' channels are in the interleaved order of RoPE, not half-split.
         offset: K offsets were subtracted from the packed keys, where the model has a table of them.
     """
@@ -105,10 +106,11 @@ class Reservation:
         need: What was asked for.
         packed_k: int64 [packed_groups], addresses of the packed keys' pages.
         packed_v: The same for values.
-        plain_k: int64 [plain_groups], addresses of the unquantised pages.
+        plain_k: int64 [held plain groups], addresses of the unquantised pages.
         plain_v: The same for values.
         shared: Its first packed groups as far as they are shared; the other pages are its own.
         present_groups: Packed groups that were there when it was made.
+        version: Another number whenever its pages are others; page tables that were made for the same one are right.
     """
 
     need: Need
@@ -118,6 +120,17 @@ class Reservation:
     plain_v: torch.Tensor
     shared: list[SharedGroup]
     present_groups: int
+    version: int = field(default=0)
+
+    @property
+    def plain_groups(self) -> int:
+        """Groups that it holds unquantised pages for."""
+        return len(self.plain_k)
+
+    def missing_groups(self, tokens: int) -> int:
+        """Groups to `grow` by before its first `tokens` tokens can have KV."""
+        wanted = math.ceil(tokens / GROUP_TOKENS) - self.need.packed_groups
+        return max(0, min(wanted, self.need.plain_groups) - self.plain_groups)
 
     @property
     def own_pages(self) -> list[int]:
@@ -157,13 +170,14 @@ class PagePool:
             for name in dict.fromkeys((*packed_formats, self.plain_format))
             for role in Role
         }
-        self._strides = {kind: _quanta(order.page_bytes) for kind, order in self._orders.items()}
-        self._plain_stride = _quanta(GROUP_TOKENS * geometry.head_dim * plain_dtype.itemsize)
-        widest = max((self._plain_stride, *self._strides.values()))
+        self._kinds = {name: PageKind(_quanta(order.page_bytes)) for name, order in self._orders.items()}
+        self._plain_kind = PageKind(_quanta(GROUP_TOKENS * geometry.head_dim * plain_dtype.itemsize), yielding=True)
+        self._plain_stride = self._plain_kind.stride
+        widest = max(kind.stride for kind in (self._plain_kind, *self._kinds.values()))
         # A multiple of the plain page, so that plain pages can also be numbered.
         extent = self._plain_stride * max(_EXTENT_PAGES, math.ceil(_EXTENT_WIDEST * widest / self._plain_stride))
         plain_pages = 2 * math.ceil(capacity_tokens / GROUP_TOKENS)
-        # One request's packed keys and values may each begin an extent of their own: room asked for is room to be had.
+        # Packed keys, values and plain pages may each begin an extent of their own: room asked for is room to be had.
         extents = 2 + math.ceil(plain_pages / (extent // self._plain_stride))
         self._slabs = Slabs(extents, extent)
         self._prefixes = PrefixCache(self._slabs)
@@ -190,7 +204,7 @@ class PagePool:
     @property
     def capacity_tokens(self) -> int:
         """Unquantised tokens that fit."""
-        return self._slabs.extents * self._slabs.per_extent(self._plain_stride) // 2 * GROUP_TOKENS
+        return self._slabs.extents * self._slabs.per_extent(self._plain_kind) // 2 * GROUP_TOKENS
 
     @property
     def used_tokens(self) -> int:
@@ -208,27 +222,29 @@ class PagePool:
         """Whether an idle pool could hold it: if not, waiting is of no use."""
         return self._slabs.fits_when_empty(self._pages(need))
 
-    def can_reserve(self, need: Need, keys: Sequence[bytes] = ()) -> bool:
+    def can_reserve(self, need: Need, keys: Sequence[bytes] = (), plain_groups: int | None = None) -> bool:
         """Whether `reserve` would succeed now."""
         present = self._present(need, keys)
         self._prefixes.acquire(present)
-        fits = self._slabs.could_fit(self._pages(need, len(present)))
+        fits = self._slabs.could_fit(self._pages(need, len(present), plain_groups))
         self._prefixes.release(present)
         return fits
 
-    def reserve(self, need: Need, keys: Sequence[bytes] = ()) -> Reservation:
+    def reserve(self, need: Need, keys: Sequence[bytes] = (), plain_groups: int | None = None) -> Reservation:
         """Takes the pages; ask `can_reserve` before.
 
         Args:
             need: How many.
             keys: Of the packed groups, in order (`prefix_keys`); pages of the longest prefix that is here are shared.
+            plain_groups: Of the computed groups, how many now; None: all.
 
         Raises:
             Internal: They are not there.
         """
         present = self._present(need, keys)
         self._prefixes.acquire(present)
-        pages = self._pages(need, len(present))
+        groups = need.plain_groups if plain_groups is None else plain_groups
+        pages = self._pages(need, len(present), groups)
         if not self._slabs.could_fit(pages):
             self._prefixes.release(present)
             raise Internal("pages were reserved that are not free")
@@ -237,8 +253,8 @@ class PagePool:
             need,
             self._take_packed(need, Role.K, [group.k_page for group in present]),
             self._take_packed(need, Role.V, [group.v_page for group in present]),
-            self._take_plain(need.plain_groups),
-            self._take_plain(need.plain_groups),
+            self._take_plain(groups),
+            self._take_plain(groups),
             present,
             len(present),
         )
@@ -257,18 +273,30 @@ class PagePool:
 
     def can_grow(self, groups: int) -> bool:
         """Whether `grow` would succeed now."""
-        return self._slabs.could_fit({self._plain_stride: 2 * groups})
+        return self._slabs.could_fit({self._plain_kind: 2 * groups})
+
+    def can_finish_each(self) -> bool:
+        """Whether every reservation could grow to all it needs if the others were stripped."""
+        most = max((held.need.plain_groups for held in self._reservations), default=0)
+        return self._slabs.could_fit_alone(self._plain_kind, 2 * most)
 
     def grow(self, reservation: Reservation, groups: int) -> None:
         """Takes more pages for computed tokens; ask `can_grow` before."""
-        self._make_room({self._plain_stride: 2 * groups})
+        self._make_room({self._plain_kind: 2 * groups})
         reservation.plain_k = torch.cat([reservation.plain_k, self._take_plain(groups)])
         reservation.plain_v = torch.cat([reservation.plain_v, self._take_plain(groups)])
+        reservation.version += 1
 
     def strip(self, reservation: Reservation) -> None:
         """Gives all pages of computed tokens back; the packed ones stay."""
         self._slabs.give_back([*reservation.plain_k.tolist(), *reservation.plain_v.tolist()])
         reservation.plain_k = reservation.plain_v = torch.empty(0, dtype=torch.int64)
+        reservation.version += 1
+
+    def forget_idle_prefixes(self) -> None:
+        """Gives up every prefix that nobody holds."""
+        while self._prefixes.evict():
+            pass
 
     def free(self, reservation: Reservation) -> None:
         """Gives the pages back.
@@ -345,16 +373,16 @@ class PagePool:
     def _present(self, need: Need, keys: Sequence[bytes]) -> list[SharedGroup]:
         return self._prefixes.longest(keys[: need.packed_groups])
 
-    def _pages(self, need: Need, present: int = 0) -> Mapping[int, int]:
-        """Pages to take, by stride."""
-        pages = {self._plain_stride: 2 * need.plain_groups}
+    def _pages(self, need: Need, present: int = 0, plain_groups: int | None = None) -> Mapping[PageKind, int]:
+        """Pages to take, by kind."""
+        pages = {self._plain_kind: 2 * (need.plain_groups if plain_groups is None else plain_groups)}
         if need.packed_groups > present:
-            for kind in ((need.k_format, Role.K), (need.v_format, Role.V)):
-                stride = self._strides[kind]
-                pages[stride] = pages.get(stride, 0) + need.packed_groups - present
+            for name in ((need.k_format, Role.K), (need.v_format, Role.V)):
+                kind = self._kinds[name]
+                pages[kind] = pages.get(kind, 0) + need.packed_groups - present
         return pages
 
-    def _make_room(self, pages: Mapping[int, int]) -> None:
+    def _make_room(self, pages: Mapping[PageKind, int]) -> None:
         while not self._slabs.fits(pages):
             if not self._prefixes.evict():
                 raise Internal("pages were taken that are not free")
@@ -362,12 +390,12 @@ class PagePool:
     def _take_packed(self, need: Need, role: Role, present: list[int]) -> torch.Tensor:
         missing = need.packed_groups - len(present)
         if missing:
-            stride = self._strides[need.k_format if role is Role.K else need.v_format, role]
-            present = present + self._slabs.take(stride, missing)
+            kind = self._kinds[need.k_format if role is Role.K else need.v_format, role]
+            present = present + self._slabs.take(kind, missing)
         return torch.tensor(present, dtype=torch.int64)
 
     def _take_plain(self, pages: int) -> torch.Tensor:
-        return torch.tensor(self._slabs.take(self._plain_stride, pages), dtype=torch.int64)
+        return torch.tensor(self._slabs.take(self._plain_kind, pages), dtype=torch.int64)
 
 
 def _quanta(page_bytes: int) -> int:

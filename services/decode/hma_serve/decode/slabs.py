@@ -1,15 +1,16 @@
 """Who owns which part of the KV memory: pages of several sizes out of one range of addresses, every one owned once.
 
-The range is cut into *extents* of one fixed length. An extent belongs to the pages of one *stride* (their padded
-length) while any of them is taken, and to none otherwise, so a size that nobody uses costs nothing, and no mixture of
-sizes can need more than there is. What an extent's length is not a multiple of is lost at its end.
+The range is cut into *extents* of one fixed length. An extent belongs to the pages of one *kind* (their padded length,
+and whether they can be given up) while any of them is taken, and to none otherwise, so a size that nobody uses costs
+nothing, and no mixture of sizes can need more than there is. What an extent's length is not a multiple of is lost at
+its end.
 
-A page's address is the number of the quantum at which it begins. It does not say the page's size; its extent does.
+A page's address is the number of the quantum at which it begins. It does not say the page's kind; its extent does.
 
 States of a page: free -> `take` -> live -> `give_back` -> free; and live -> `park` -> parked -> `unpark` -> live. A
 parked page still holds what was written, and its owner promises to give it back whenever memory is asked for. So there
-are two questions: whether pages can be taken now (`fits`), and whether they could be after all parked ones were given
-back (`could_fit`). Both are answered from counters.
+are three questions: whether pages can be taken now (`fits`), whether they could be after all parked ones were given
+back (`could_fit`), and after all yielding ones were too (`could_fit_alone`). All are answered from counters.
 
 Pure bookkeeping: no memory is touched here.
 """
@@ -19,13 +20,27 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hma_serve.core.errors import Internal
 
 
+class PageKind(NamedTuple):
+    """Pages that share extents.
+
+    Attributes:
+        stride: Quanta of a page, padding included.
+        yielding: Whether they can be had back for another owner. Kept apart from the others, or a single page that
+            stays would hold the extent of many that go.
+    """
+
+    stride: int
+    yielding: bool = False
+
+
 @dataclass(slots=True)
 class _Size:
-    """Pages of one stride.
+    """Pages of one kind.
 
     Attributes:
         per_extent: Pages that an extent holds.
@@ -58,40 +73,45 @@ class Slabs:
         self.extents = extents
         self.extent_quanta = extent_quanta
         self._free_extents = list(range(extents - 1, -1, -1))
-        self._sizes: dict[int, _Size] = {}
-        self._stride_of: dict[int, int] = {}
+        self._sizes: dict[PageKind, _Size] = {}
+        self._kind_of: dict[int, PageKind] = {}
         self._live_in: dict[int, int] = {}
 
     @property
     def live_quanta(self) -> int:
         """What live pages take, padding included."""
-        return sum(stride * size.live_pages for stride, size in self._sizes.items())
+        return sum(kind.stride * size.live_pages for kind, size in self._sizes.items())
 
-    def per_extent(self, stride: int) -> int:
-        """Pages of a stride that one extent holds."""
-        return self.extent_quanta // stride
+    def per_extent(self, kind: PageKind) -> int:
+        """Pages of a kind that one extent holds."""
+        return self.extent_quanta // kind.stride
 
-    def fits_when_empty(self, wanted: Mapping[int, int]) -> bool:
-        """Whether an idle range could hold so many pages by stride."""
-        return sum(-(-pages // self.per_extent(stride)) for stride, pages in wanted.items()) <= self.extents
+    def fits_when_empty(self, wanted: Mapping[PageKind, int]) -> bool:
+        """Whether an idle range could hold so many pages by kind."""
+        return sum(-(-pages // self.per_extent(kind)) for kind, pages in wanted.items()) <= self.extents
 
-    def fits(self, wanted: Mapping[int, int]) -> bool:
-        """Whether so many pages by stride can be taken now."""
+    def fits(self, wanted: Mapping[PageKind, int]) -> bool:
+        """Whether so many pages by kind can be taken now."""
         missing = 0
-        for stride, pages in wanted.items():
-            size = self._size(stride)
+        for kind, pages in wanted.items():
+            size = self._size(kind)
             missing += size.extents_for(pages, size.free_pages)
         return missing <= len(self._free_extents)
 
-    def could_fit(self, wanted: Mapping[int, int]) -> bool:
+    def could_fit(self, wanted: Mapping[PageKind, int]) -> bool:
         """Whether they could be, once every parked page was given back."""
         missing = 0
-        for stride, pages in wanted.items():
-            size = self._size(stride)
+        for kind, pages in wanted.items():
+            size = self._size(kind)
             missing += size.extents_for(pages, size.live_extents * size.per_extent - size.live_pages)
         return missing <= self.extents - sum(size.live_extents for size in self._sizes.values())
 
-    def take(self, stride: int, pages: int) -> list[int]:
+    def could_fit_alone(self, kind: PageKind, pages: int) -> bool:
+        """Whether so many yielding pages could be, once all others of them were given back too."""
+        kept = sum(size.live_extents for kind, size in self._sizes.items() if not kind.yielding)
+        return -(-pages // self.per_extent(kind)) <= self.extents - kept
+
+    def take(self, kind: PageKind, pages: int) -> list[int]:
         """Takes pages, of neighbouring addresses where it can; ask `fits` before.
 
         Returns:
@@ -100,11 +120,11 @@ class Slabs:
         Raises:
             Internal: They are not there.
         """
-        if not self.fits({stride: pages}):
+        if not self.fits({kind: pages}):
             raise Internal("pages were taken that are not free")
-        size = self._size(stride)
+        size = self._size(kind)
         for _ in range(size.extents_for(pages, size.free_pages)):
-            self._cut(stride, size)
+            self._cut(kind, size)
         taken: list[int] = []
         while len(taken) < pages:
             extent, free = next(iter(size.free.items()))
@@ -126,7 +146,7 @@ class Slabs:
         """Live pages become parked."""
         for address in addresses:
             extent = address // self.extent_quanta
-            size = self._sizes[self._stride_of[extent]]
+            size = self._sizes[self._kind_of[extent]]
             size.live_pages -= 1
             self._live_in[extent] -= 1
             size.live_extents -= self._live_in[extent] == 0
@@ -139,13 +159,12 @@ class Slabs:
         """Parked pages become free."""
         for address in addresses:
             extent = address // self.extent_quanta
-            stride = self._stride_of[extent]
-            size = self._sizes[stride]
+            size = self._sizes[self._kind_of[extent]]
             free = size.free.setdefault(extent, [])
             heapq.heappush(free, address)
             size.free_pages += 1
             if len(free) == size.per_extent:
-                del size.free[extent], self._stride_of[extent], self._live_in[extent]
+                del size.free[extent], self._kind_of[extent], self._live_in[extent]
                 size.free_pages -= size.per_extent
                 self._free_extents.append(extent)
 
@@ -158,34 +177,34 @@ class Slabs:
         live, parked = list(live), list(parked)
         found = sorted([*live, *parked, *(a for size in self._sizes.values() for f in size.free.values() for a in f)])
         expected = []
-        for extent, stride in self._stride_of.items():
+        for extent, kind in self._kind_of.items():
             start = extent * self.extent_quanta
-            expected += [start + stride * number for number in range(self.per_extent(stride))]
+            expected += [start + kind.stride * number for number in range(self.per_extent(kind))]
         if found != sorted(expected):
             raise Internal("pages are lost or owned twice")
-        if sorted([*self._free_extents, *self._stride_of]) != list(range(self.extents)):
+        if sorted([*self._free_extents, *self._kind_of]) != list(range(self.extents)):
             raise Internal("extents are lost or owned twice")
         if sum(size.live_pages for size in self._sizes.values()) != len(live):
             raise Internal("more or fewer pages count as live than are owned")
 
-    def _size(self, stride: int) -> _Size:
-        size = self._sizes.get(stride)
+    def _size(self, kind: PageKind) -> _Size:
+        size = self._sizes.get(kind)
         if size is None:
-            size = self._sizes[stride] = _Size(self.per_extent(stride))
+            size = self._sizes[kind] = _Size(self.per_extent(kind))
         return size
 
-    def _cut(self, stride: int, size: _Size) -> None:
+    def _cut(self, kind: PageKind, size: _Size) -> None:
         extent = self._free_extents.pop()
         start = extent * self.extent_quanta
-        self._stride_of[extent] = stride
+        self._kind_of[extent] = kind
         self._live_in[extent] = 0
-        size.free[extent] = [start + stride * number for number in range(size.per_extent)]
+        size.free[extent] = [start + kind.stride * number for number in range(size.per_extent)]
         size.free_pages += size.per_extent
 
     def _enliven(self, addresses: Iterable[int]) -> None:
         for address in addresses:
             extent = address // self.extent_quanta
-            size = self._sizes[self._stride_of[extent]]
+            size = self._sizes[self._kind_of[extent]]
             size.live_pages += 1
             size.live_extents += self._live_in[extent] == 0
             self._live_in[extent] += 1
