@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -111,20 +112,42 @@ def prefill(
     return found
 
 
+def noisy_reference(model: ModelConfig, ids: Sequence[int], profile: str) -> list[np.ndarray]:
+    """The CPU reference with its products off by 2^-11, as much as another order of summation and bfloat16 allow."""
+    generator, exact = torch.Generator().manual_seed(SEED), quant.multiply
+
+    def noisy(x: quant.Operand, weight: quant.Operand, dtype: torch.dtype) -> torch.Tensor:
+        product = exact(x, weight, torch.float32)
+        return product.mul_(1 + 2**-11 * torch.randn(product.shape, generator=generator)).to(dtype)
+
+    with unittest.mock.patch.object(quant, "multiply", noisy):
+        return prefill(
+            CpuAccelerator(spec(model, profile), RandomWeights(model, to="cpu")), model, ids, len(ids), profile
+        )
+
+
 def check(profile: str) -> list[Figure]:
-    """The GPU against the CPU reference on a small model, whole and in chunks."""
+    """The GPU against the CPU reference on a small model, whole and in chunks.
+
+    A difference in a last place becomes a whole step of the format where a value lies near a boundary, and layers add
+    to it; so the limit is what small noise does to the reference itself.
+    """
     model, ids = shape(512, 3, 8, 1024, kv_heads=2, vocab=1000), prompt(256, 1000)
     reference = CpuAccelerator(spec(model, profile), RandomWeights(model, to="cpu"))
     gpu = CudaAccelerator(spec(model, profile), RandomWeights(model))
     expected = prefill(reference, model, ids, 256, profile)
-    figures = []
+
+    def errors(found: Sequence[np.ndarray]) -> list[float]:
+        return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+
+    limits = [max(0.02, 2 * error) for error in errors(noisy_reference(model, ids, profile))]
+    figures = [figure(f"{profile}: limit, 0.02 or twice what noise does to the CPU's", limits, "")]
     for chunk in (256, 96):
-        found = prefill(gpu, model, ids, chunk, profile)
-        errors = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+        found = errors(prefill(gpu, model, ids, chunk, profile))
         name = f"{profile}, chunks of {chunk}: error of decoded KV against the CPU"
-        figures.append(figure(name, errors, "", "at most 0.05"))
-        if max(errors) > 0.05:
-            raise SystemExit(f"{name}: {errors}")
+        figures.append(figure(name, found, "", "below the limit, layer by layer"))
+        if not all(error <= limit for error, limit in zip(found, limits, strict=True)):
+            raise SystemExit(f"{name}: {found}, allowed {limits}")
     return figures
 
 
@@ -175,7 +198,7 @@ def whole_prompts(name: str) -> list[Figure]:
     hidden, layers, heads, intermediate = SHAPES[name]
     model = shape(hidden, layers, heads, intermediate)
     ids, weights = prompt(TOKENS, model.vocab_size), RandomWeights(model)
-    devices = {profile: CudaAccelerator(spec(model, profile), weights) for profile in ("fp8_e4m3", "bf16")}
+    devices = {profile: CudaAccelerator(spec(model, profile), weights) for profile in ("fp8_e4m3", "bf16", "int8")}
 
     def run(profile: str, *, copy: bool = False) -> Callable[[], object]:
         device, layout = devices[profile], KvLayout.of(model, find_profile(profile))
@@ -194,8 +217,8 @@ def whole_prompts(name: str) -> list[Figure]:
         return work
 
     fp8_product, bf16_product, flops = product_rates()
-    fp8, bf16, rate8, rate16, copied = timed(
-        run("fp8_e4m3"), run("bf16"), fp8_product, bf16_product, run("fp8_e4m3", copy=True)
+    fp8, bf16, int8, rate8, rate16, copied = timed(
+        run("fp8_e4m3"), run("bf16"), run("int8"), fp8_product, bf16_product, run("fp8_e4m3", copy=True)
     )
     work = operations(model, TOKENS)
     achieved = [work / ms / 1e9 for ms in fp8]
@@ -203,7 +226,9 @@ def whole_prompts(name: str) -> list[Figure]:
     figures = [
         figure(f"{name}, {TOKENS} tokens: FP8", fp8, "ms"),
         figure(f"{name}, {TOKENS} tokens: BF16", bf16, "ms"),
+        figure(f"{name}, {TOKENS} tokens: INT8", int8, "ms"),
         figure(f"{name}: BF16 / FP8", ratios(bf16, fp8), "x", "at least 1.4"),
+        figure(f"{name}: BF16 / INT8", ratios(bf16, int8), "x"),
         figure(f"{name}: FP8 rate", achieved, "TFLOP/s"),
         figure("8192^3, FP8 row-wise", peak, "TFLOP/s"),
         figure("8192^3, BF16", [flops / ms / 1e9 for ms in rate16], "TFLOP/s"),

@@ -1,6 +1,6 @@
 """Compares an accelerator of several ranks with one that holds everything; a program, since it becomes a leading rank.
 
-Usage: tensor_parallel_check.py CHECKPOINT PROFILE RANKS. Prints the largest relative error of a layer's decoded KV.
+Usage: tensor_parallel_check.py CHECKPOINT PROFILE RANKS [DEVICE]. Prints the largest relative error of decoded KV.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hma_serve import quant
 from hma_serve.ipc import Arena
-from hma_serve.prefill.accelerators import Accelerator, KvStore, Segment, open_accelerator
+from hma_serve.prefill.accelerators import Accelerator, KvStore, Segment, open_accelerator, rank_group
 from hma_serve.prefill.accelerators.tensor_parallel import Ranks, TensorParallel
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.load_arguments import add_load_arguments, load_arguments, spec_of
@@ -23,11 +23,11 @@ from hma_serve.prefill.load_arguments import add_load_arguments, load_arguments,
 TOKENS, CHUNK = 96, 64
 
 
-def main(checkpoint: str, profile: str, ranks: str) -> int:
+def main(checkpoint: str, profile: str, ranks: str, kind: str = "cpu") -> int:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     add_load_arguments(parser)
-    flags = ["--checkpoint", checkpoint, "--device", "cpu", "--profile", profile, "--threads", "1"]
+    flags = ["--checkpoint", checkpoint, "--device", kind, "--profile", profile, "--threads", "1"]
     args = parser.parse_args([*flags, "--log-format", "human"])
     spec = spec_of(args)
     layout = KvLayout.of(spec.model, spec.profile)
@@ -35,15 +35,11 @@ def main(checkpoint: str, profile: str, ranks: str) -> int:
         parallel = TensorParallel(
             Ranks(int(ranks), load_arguments(args), arena),
             layout.heads,
-            lambda shard: open_accelerator("cpu", replace(spec, shard=shard)),
+            lambda shard: open_accelerator(kind, replace(spec, shard=shard)),
         )
+        codecs = (spec.profile.k_codec, spec.profile.v_codec)
         print(parallel.device)
-        print(
-            compare(
-                parallel, open_accelerator("cpu", spec), layout, arena, (spec.profile.k_codec, spec.profile.v_codec)
-            )
-        )
-        sys.stdout.flush()
+        print(compare(parallel, open_accelerator(kind, spec), layout, arena, codecs))
     return 0
 
 
@@ -87,7 +83,8 @@ def other_memory(layout: KvLayout, store: KvStore, layer: int, role: int) -> NDA
     """Copied to memory that only this process has."""
     out = np.zeros((layout.heads, TOKENS // 32, layout.group_bytes[ROLES.index(role)]), np.uint8)
     done = store.copy_out(layer, role, slice(0, layout.heads), slice(0, TOKENS // 32), out)
-    assert done is None
+    if done is not None:
+        done.wait()
     return out
 
 
@@ -103,4 +100,4 @@ def slot(layout: KvLayout, arena: Arena, store: KvStore, layer: int, role: int) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    rank_group.run(lambda: main(*sys.argv[1:]))

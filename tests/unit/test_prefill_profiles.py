@@ -10,6 +10,7 @@ from hma_serve import quant
 from hma_serve.checkpoint import read_model_config
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
 from hma_serve.prefill.profiles import OPERAND_GROUPS, PROFILES, Profile, find_profile, load_profiles
+from support.profile_table import profile_table
 from support.tiny_qwen3 import make_tiny_checkpoint
 
 ABACUS = """
@@ -120,3 +121,8 @@ def test_a_profile_that_does_not_fit_names_the_size(
 def test_profiles_are_values() -> None:
     assert PROFILES["int8"] == find_profile("int8")
     assert isinstance(PROFILES["int8"], Profile)
+
+
+def test_the_table_in_the_docs_is_made_from_the_files() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "accelerators.md").read_text()
+    assert page.partition("<!-- profiles -->\n")[2].partition("<!-- end of profiles -->")[0] == profile_table()

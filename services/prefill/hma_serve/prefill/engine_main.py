@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.prefix import prefix_root
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
 from hma_serve.ipc import Arena, EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
-from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, open_accelerator
+from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, open_accelerator, rank_group
 from hma_serve.prefill.accelerators.tensor_parallel import Ranks, TensorParallel
 from hma_serve.prefill.engine import Engine, EngineOptions
 from hma_serve.prefill.job import Job
@@ -132,4 +131,4 @@ def _report(error: HmaError, endpoint: EngineEndpoint[pb.PrefillEngineCommand]) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rank_group.run(main)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_load_arguments(parser)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--meeting", type=Path, required=True)
+    parser.add_argument("--meeting-fd", type=int, required=True)
     add_engine_arguments(parser)
     return parser
 
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.RankCommand]) -> Rank:
-    shard = rank_group.join(args.rank, args.ranks, args.meeting)
+    shard = rank_group.join(args.rank, args.ranks, args.meeting_fd)
     try:
         spec = spec_of(args, shard)
         accelerator = open_accelerator(args.device, spec)
@@ -165,4 +163,4 @@ def _rectangle(what: pb.RankCopy) -> tuple[slice, slice]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rank_group.run(main)

@@ -5,9 +5,14 @@ Commands do not travel here, so an idle group waits for nothing and no collectiv
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,20 +25,44 @@ _TIMEOUT = timedelta(minutes=10)
 """For one collective; its partners are at the same layer, or dead, which is noticed sooner."""
 
 
-def join(rank: int, count: int, meeting: Path) -> Shard:
+def leave(status: int) -> NoReturn:
+    """Ends the process at once: NCCL's clean-up at the end of a program waits for ranks that may be gone, for ever."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs the program of a process that may be a rank, and leaves with its status."""
+    status = 1
+    try:
+        status = main()
+    except SystemExit as exc:
+        if isinstance(exc.code, int):
+            status = exc.code
+        elif exc.code is not None:
+            print(exc.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    leave(status)
+
+
+def join(rank: int, count: int, meeting: int) -> Shard:
     """Waits until every rank is there; once per process.
 
     Args:
         rank: This one.
         count: All of them.
-        meeting: A path that the ranks share, in a directory of their own.
+        meeting: An open file that the ranks share, empty at first.
 
     Returns:
         The rank's share, with its reductions.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are of one host
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = distributed.FileStore(str(meeting), count)  # type: ignore[attr-defined]
+    store = distributed.FileStore(f"/proc/self/fd/{meeting}", count)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     return Shard(rank, count, sum=_sum, largest=_largest)
 

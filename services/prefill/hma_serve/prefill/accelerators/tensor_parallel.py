@@ -13,12 +13,10 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,8 +59,7 @@ class TensorParallel:
     """
 
     def __init__(self, ranks: Ranks, kv_heads: int, load: Callable[[Shard], Accelerator]) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="hma-serve-ranks-")
-        meeting = Path(self._directory.name, "meeting")
+        meeting = os.memfd_create("hma-serve-ranks")  # kept: the ranks meet anew for each kind of memory
         self._peers = [_Peer(rank, ranks, meeting) for rank in range(1, ranks.count)]
         self._shard = rank_group.join(0, ranks.count, meeting)
         self._own = load(self._shard)
@@ -105,10 +102,10 @@ class TensorParallel:
             if layer == 0:
                 rank_group.broadcast(hidden)
             return self._own.run_layer(layer, hidden, own)
-        except Exception as exc:
+        except Exception:
             # The others are in the middle of this layer and can neither go on nor go back.
             _log.exception("rank 0 failed in layer %d; the ranks end together", layer)
-            raise SystemExit(1) from exc
+            rank_group.leave(1)
 
     def copy(
         self,
@@ -206,26 +203,27 @@ def _copy_command(store: int, layer: int, role: int, heads: slice, groups: slice
 class _Peer:
     """Another rank's process, as the leader sees it."""
 
-    def __init__(self, rank: int, ranks: Ranks, meeting: Path) -> None:
+    def __init__(self, rank: int, ranks: Ranks, meeting: int) -> None:
         self.rank = rank
         self._told = self._copied = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         slots = ranks.slots
-        inherited = {"--link-fd": theirs.fileno(), "--arena-fd": slots.fd}
+        inherited = {"--link-fd": theirs.fileno(), "--arena-fd": slots.fd, "--meeting-fd": meeting}
         sizes = {"--arena-slots": slots.slots, "--arena-slot-bytes": slots.slot_bytes}
-        place = {"--rank": rank, "--ranks": ranks.count, "--meeting": meeting}
+        place = {"--rank": rank, "--ranks": ranks.count}
         flags = [str(part) for pair in (place | inherited | sizes).items() for part in pair]
         command = [sys.executable, "-m", RANK_MODULE, *ranks.arguments, *flags]
         self._process = subprocess.Popen(command, pass_fds=tuple(inherited.values()), process_group=0)
         theirs.close()
         self._link: SyncLink[pb.RankReply] = SyncLink(ours, pb.RankReply)
-        threading.Thread(target=self._watch, name=f"rank-{rank}", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name=f"rank-{rank}", daemon=True)
+        self._watcher.start()
 
     def _watch(self) -> None:
         """A rank that ends leaves this process in a collective that may never return."""
         status = self._process.wait()
         _log.critical("rank %d ended with status %d; the ranks end together", self.rank, status)
-        os._exit(1)
+        rank_group.leave(1)
 
     def ready(self) -> str:
         """Waits until the rank has loaded its share; its device.
@@ -244,8 +242,9 @@ class _Peer:
         """Queues a command."""
         try:
             self._link.send(command)
-        except LinkClosed as exc:
-            raise SystemExit(1) from exc  # the watcher says why
+        except LinkClosed:
+            self._watcher.join()  # it says why, and ends this process
+            raise
 
     def copy(self, what: pb.RankCopy, part: NDArray[np.uint8], offset: int | None, *, out: bool) -> Completion | None:
         """Has bytes copied; see `TensorParallel.copy`."""
@@ -276,8 +275,9 @@ class _Peer:
     def _receive(self, timeout: float | None) -> list[pb.RankReply]:
         try:
             return self._link.receive(timeout)
-        except LinkClosed as exc:
-            raise SystemExit(1) from exc  # the watcher says why
+        except LinkClosed:
+            self._watcher.join()  # it says why, and ends this process
+            raise
 
 
 @dataclass(frozen=True, slots=True)
