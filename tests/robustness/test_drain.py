@@ -43,8 +43,7 @@ async def test_rolling_restarts_lose_no_request(fleet: ProcessFleet, restarts: i
     async with load(fleet) as answers:
         for number in range(restarts):
             role = ("decode", "prefill", "router")[number % 3]
-            old = fleet.of(role)[0]
-            await drain(fleet, old)
+            old = await drain_one_at_work(fleet, role)
             served = len(answers)
             if role == "router":
                 fleet.restart_router(old)
@@ -61,11 +60,16 @@ async def test_rolling_restarts_lose_no_request(fleet: ProcessFleet, restarts: i
     await fleet.idle()
 
 
-async def drain(fleet: ProcessFleet, leaving: Process) -> None:
+async def drain_one_at_work(fleet: ProcessFleet, role: str) -> Process:
     """Tells a process to leave in the midst of its work; it must go well, and be in the registry no more."""
-    await eventually(lambda: leaving.metric("running_requests") > 0, f"nobody asks this {leaving.role}")
+
+    def at_work() -> list[Process]:
+        return [process for process in fleet.of(role) if process.metric("running_requests") > 0]
+
+    leaving = (await eventually(at_work, f"no {role} has anything to do"))[0]
     assert leaving.grpc in fleet.registered()
     leaving.terminate()
     status = await asyncio.to_thread(leaving.process.wait, DRAIN_SECONDS)
     assert status == 0, "".join(leaving.lines)[-3000:]
     assert leaving.grpc not in fleet.registered()
+    return leaving

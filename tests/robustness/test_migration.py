@@ -72,8 +72,7 @@ async def test_a_prefill_killed_in_mid_transfer(fleet: ProcessFleet, trials: int
 
         async with AsyncClient(fleet.routers) as client:
             asking = asyncio.create_task(ask(client, prompt, new_tokens=40))
-            await eventually(lambda: bool(sending()), "no prefill worker sends")
-            (victim,) = await asyncio.to_thread(sending)
+            (victim,) = await eventually(sending, "no prefill worker sends")
             await asyncio.to_thread(victim.kill)
             fleet.start("prefill")
             answer = await asking

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 
@@ -28,6 +29,8 @@ from support.etcd_server import EtcdServer
 START_SECONDS = 90.0
 PATIENCE = 60.0
 """Seconds until a condition that must come true is given up."""
+
+Seen = TypeVar("Seen")
 
 _ADDRESSES = (re.compile(r"gRPC (\S+?),? HTTP (\S+?)[;\s]"), re.compile(r"grpc=(\S+)"))
 
@@ -175,12 +178,13 @@ class ProcessFleet:
         return "\n".join(f"== {p.role} {p.process.pid}\n{''.join(p.lines)[-3000:]}" for p in self.processes)
 
 
-async def eventually(condition: Callable[[], bool], otherwise: str) -> None:
-    """Looks until the condition holds."""
+async def eventually(look: Callable[[], Seen], otherwise: str) -> Seen:
+    """Looks until there is something; what that is."""
     end = time.monotonic() + PATIENCE
-    while not await asyncio.to_thread(condition):
+    while not (seen := await asyncio.to_thread(look)):
         assert time.monotonic() < end, otherwise
         await asyncio.sleep(0.02)
+    return seen
 
 
 @contextmanager

@@ -31,20 +31,25 @@ class SimulatedWorker:
             role, instance=instance, max_running=slots, max_model_len=1 << 16, kv_capacity_tokens=kv_tokens
         )
         self.cost = cost
+        self.reports = 0
         self.view = WorkerView(replace(info, device=DeviceInfo(price_per_hour=price)), self.load())
 
     def load(self) -> Load:
         raise NotImplementedError
 
     def report(self, now: float) -> None:
+        self.reports += 1
         self.view = replace(self.view, load=self.load(), load_at=now, unseen=Share())
 
-    def take(self, tokens: int) -> None:
+    def take(self, tokens: int) -> tuple[int, int]:
         view = self.view
         self.view = replace(view, ours=view.ours.plus(tokens), unseen=view.unseen.plus(tokens), placed=view.placed + 1)
+        return tokens, self.reports
 
-    def give_back(self, tokens: int) -> None:
-        self.view = replace(self.view, ours=self.view.ours.minus(tokens))
+    def give_back(self, tokens: int, reports: int) -> None:
+        view = self.view
+        unseen = view.unseen.minus(tokens) if reports == self.reports else view.unseen
+        self.view = replace(view, ours=view.ours.minus(tokens), unseen=unseen)
 
 
 class SimulatedPrefill(SimulatedWorker):
@@ -144,6 +149,7 @@ class SimulatedFleet:
 
     prefills: list[SimulatedPrefill]
     decodes: list[SimulatedDecode]
+    report_seconds: float = REPORT_SECONDS
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -170,7 +176,7 @@ class SimulatedFleet:
             for worker in self.workers().values():
                 worker.report(asyncio.get_running_loop().time())
             self.changed()
-            await asyncio.sleep(REPORT_SECONDS)
+            await asyncio.sleep(self.report_seconds)
 
     async def replay(self, arrivals: list[Arrival], policy: Policy) -> list[Outcome]:
         """Runs the whole load under a policy."""
@@ -211,11 +217,10 @@ class Hold:
     def __init__(self, fleet: SimulatedFleet, placement: Placement, prompt_tokens: int) -> None:
         self.placement = placement
         self._fleet = fleet
-        self._parts = {placement.decode.instance: prompt_tokens}
+        tokens = {placement.decode.instance: prompt_tokens}
         if placement.prefill is not None:
-            self._parts[placement.prefill.instance] = placement.packed_tokens
-        for instance, tokens in self._parts.items():
-            fleet.workers()[instance].take(tokens)
+            tokens[placement.prefill.instance] = placement.packed_tokens
+        self._parts = {instance: fleet.workers()[instance].take(count) for instance, count in tokens.items()}
 
     def release_prefill(self) -> None:
         if self.placement.prefill is not None:
@@ -227,5 +232,5 @@ class Hold:
 
     def _give_back(self, instance: str) -> None:
         if instance in self._parts:
-            self._fleet.workers()[instance].give_back(self._parts.pop(instance))
+            self._fleet.workers()[instance].give_back(*self._parts.pop(instance))
             self._fleet.changed()

@@ -49,6 +49,21 @@ async def test_load_reports_arrive_and_replace_what_was_assumed() -> None:
         assert one(keeper.fleet).ours.requests == 0
 
 
+async def test_what_came_and_went_between_two_reports_counts_no_more() -> None:
+    decode = FakeDecode()
+    async with running_pipeline(decode) as (pipeline, _):
+        keeper = pipeline.keeper
+        over, stays = (keeper.hold(Placement(decode.info, None, 0), prompt_tokens=tokens) for tokens in (40, 50))
+        over.release()
+        assert (one(keeper.fleet).requests, one(keeper.fleet).kv_tokens) == (1, 50)
+        decode.load.running, decode.load.kv_used_tokens = 1, 64
+        decode.report()
+        await until(pipeline, lambda fleet: one(fleet).load == Load(running=1, kv_used_tokens=64))
+        # Whether the one that the report knows of has gone, only the next report can say.
+        stays.release()
+        assert (one(keeper.fleet).requests, one(keeper.fleet).unseen.requests) == (1, 0)
+
+
 async def test_prefill_is_given_back_before_decode() -> None:
     prefill, decode = FakePrefill(), FakeDecode()
     async with running_pipeline(prefill, decode) as (pipeline, _):

@@ -12,7 +12,7 @@ from hma_serve.core.request import Slo
 from hma_serve.router.admission import Policy
 from hma_serve.router.fleet import Fleet
 from hma_serve.router.placement import Demand, Placement, Reject, Why, place
-from support.simulated_fleet import Arrival, Outcome, SimulatedDecode, SimulatedFleet, SimulatedPrefill
+from support.simulated_fleet import REPORT_SECONDS, Arrival, Outcome, SimulatedDecode, SimulatedFleet, SimulatedPrefill
 from support.virtual_loop import virtual
 
 FAST = StepCost(fixed=0.004, token=8e-5, pair=1e-8, step_tokens=512, measurements=100)
@@ -31,7 +31,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
     return load
 
 
-def unlike_fleet() -> SimulatedFleet:
+def unlike_fleet(report_seconds: float = REPORT_SECONDS) -> SimulatedFleet:
     """One prefill worker is three times slower, one decode worker is nearly full of long contexts."""
     return SimulatedFleet(
         [SimulatedPrefill("p-fast", FAST), SimulatedPrefill("p-slow", SLOW)],
@@ -39,6 +39,7 @@ def unlike_fleet() -> SimulatedFleet:
             SimulatedDecode("d-empty", DECODE),
             SimulatedDecode("d-full", DECODE, resident=40, resident_tokens=4000),
         ],
+        report_seconds,
     )
 
 
@@ -71,6 +72,13 @@ async def test_more_requests_meet_their_objectives_than_under_round_robin(seed: 
     in_turn = attained(await replay(load, round_robin()))
     assert ours >= 0.9
     assert ours >= in_turn + 0.2
+
+
+@pytest.mark.parametrize("report_seconds", [2.5, 20.0])
+@virtual
+async def test_without_fresh_reports_a_router_goes_by_what_it_placed_itself(report_seconds: float) -> None:
+    load = arrivals(rate=4.0, seconds=60, seed=1)
+    assert attained(await unlike_fleet(report_seconds).replay(load, place)) >= 0.9
 
 
 @virtual

@@ -59,6 +59,7 @@ class _Worker:
         self.away_since: float | None = now
         self.ours = Share()
         self.unseen = Share()
+        self.reports = 0
         self.refused = False
         self.placed = 0
         self.stream: asyncio.Task[None] | None = None
@@ -83,6 +84,7 @@ class _Part:
     def __init__(self, worker: _Worker, tokens: int) -> None:
         self.worker = worker
         self.tokens = tokens
+        self.reports = worker.reports
 
 
 class Hold:
@@ -195,7 +197,11 @@ class FleetKeeper:
 
     def _give_back(self, part: _Part | None) -> None:
         if part is not None:
-            part.worker.ours = part.worker.ours.minus(part.tokens)
+            worker = part.worker
+            worker.ours = worker.ours.minus(part.tokens)
+            if part.reports == worker.reports:
+                # It came and went between two reports.
+                worker.unseen = worker.unseen.minus(part.tokens)
             self._changed()
 
     # The registry.
@@ -299,6 +305,7 @@ class FleetKeeper:
         worker.load_at = self._loop.time()
         worker.away_since = None
         worker.unseen = Share()
+        worker.reports += 1
         worker.refused = False
         self._changed()
 
