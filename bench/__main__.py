@@ -12,6 +12,7 @@ BENCHMARKS = {
     "serving": "the whole stack on this machine with the demo model",
     "step_jitter": "a decode step while the KV of other requests arrives at full speed",
     "pipeline": "KV transfer that a prompt waits for, over a link of limited rate, in units of its computation T_c",
+    "prefill": "prefill through the service against the same emulation called in process",
     "codecs": "codecs on the CPU against a torch copy of the same output",
 }
 
