@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-pipeline bench-prefill clean
+.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-pipeline bench-prefill bench-ablation clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -79,6 +79,9 @@ bench-pipeline: setup ## KV transfer hidden behind computation, against the form
 
 bench-prefill: setup ## Prefill through the service against the same arithmetic in process
 	$(BIN)/python -m bench prefill
+
+bench-ablation: setup ## BF16 or native wire, overlap or none, fused or materialised; ARGS="--write docs" for the page
+	$(BIN)/python -m bench.ablation $(ARGS)
 
 clean: ## Remove everything that the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
