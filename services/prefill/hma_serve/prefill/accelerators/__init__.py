@@ -166,8 +166,18 @@ def _load_cuda(spec: AcceleratorSpec) -> Accelerator:
     return CudaAccelerator(spec)
 
 
-# ROCm's torch speaks of its GPUs as CUDA's does.
-_BUILT_IN: dict[str, AcceleratorFactory] = {"cpu": _load_cpu, "cuda": _load_cuda, "rocm": _load_cuda}
+def _load_tenstorrent(spec: AcceleratorSpec) -> Accelerator:
+    from hma_serve.prefill.accelerators.tenstorrent import TenstorrentAccelerator
+
+    return TenstorrentAccelerator(spec)
+
+
+_BUILT_IN: dict[str, AcceleratorFactory] = {
+    "cpu": _load_cpu,
+    "cuda": _load_cuda,
+    "rocm": _load_cuda,  # ROCm's torch speaks of its GPUs as CUDA's does
+    "tenstorrent": _load_tenstorrent,
+}
 
 
 def open_accelerator(kind: str, spec: AcceleratorSpec) -> Accelerator:
