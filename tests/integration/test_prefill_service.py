@@ -382,6 +382,45 @@ def test_a_worker_that_cannot_start_says_why(checkpoint: Path, arguments: list[s
     assert "Traceback" not in done.stderr
 
 
+def cut_short(path: Path) -> None:
+    with (path / "model.safetensors").open("r+b") as file:
+        file.truncate(10_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--tp", "1"], "model.safetensors"),
+        (["--tp", "2"], "model.safetensors"),
+        (["--profile", "mxint8"], "profile mxint8 does not fit this model: K codec mxint8"),
+    ],
+    ids=["truncated", "truncated, two ranks", "head_dim"],
+)
+def test_a_checkpoint_that_cannot_be_served_leaves_nothing_behind(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    fits = "--tp" in arguments
+    path = make_tiny_checkpoint(tmp_path / "tiny", hidden=64, head_dim=32 if fits else 48, intermediate=96)
+    if fits:
+        cut_short(path)
+    command = [sys.executable, "-m", "hma_serve.cli.main", "prefill", "--model", str(path), "--etcd", "none"]
+    process = subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert sentence in errors
+    assert "Traceback" not in errors
+    assert not [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if session_of(pid) == process.pid]
+
+
+def session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
+
+
 def test_the_front_does_not_load_torch() -> None:
     code = "import sys, hma_serve.prefill.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

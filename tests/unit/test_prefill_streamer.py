@@ -84,13 +84,13 @@ class Sender:
     """Streamers to one address."""
 
     def __init__(self, arena: Arena, channels: ChannelCache, address: str) -> None:
-        self.arena, self.channels, self.address = arena, channels, address
+        self.arena, self.channels, self.address, self.ranks = arena, channels, address, 1
         self.guard = Guard(PATIENT)
 
     def streamer(
         self, *, stall: float = PATIENT, resume: float = 0.0, token_start: int = 0, ticket: bytes = TICKET
     ) -> Streamer:
-        transfers = Transfers(self.channels, self.arena, LAYOUT, manifest, Patience(stall, resume))
+        transfers = Transfers(self.channels, self.arena, LAYOUT, manifest, Patience(stall, resume), self.ranks)
         return Streamer(
             transfers,
             Destination(self.address, ticket, 4),
@@ -132,6 +132,16 @@ async def test_everything_arrives_as_the_engine_left_it(sender: Sender, receiver
     check_arrived(receiver, arena)
     assert receiver.streams[0].blocks == 2 * LAYERS
     assert sender.channel_users == 0
+
+
+async def test_each_rank_s_heads_leave_as_blocks_of_their_own(
+    sender: Sender, receiver: PushReceiver, arena: Arena
+) -> None:
+    sender.ranks = HEADS
+    await sender.send_all()
+    check_arrived(receiver, arena)
+    assert receiver.streams[0].blocks == 2 * LAYERS * HEADS
+    assert set(receiver.streams[0].sizes) == {LAYOUT.layer_bytes(TOKENS) // (2 * HEADS)}
 
 
 @pytest.mark.parametrize("window", [UNIT, 3 * UNIT + 1])

@@ -128,6 +128,7 @@ class _Worker:
                 layout=model.layout,
                 manifest=partial(model.manifest, producer=producer),
                 patience=Patience(self._config.stall_timeout, self._config.resume_timeout),
+                ranks=self._config.tp,
             )
         finally:
             await channels.close()

@@ -49,6 +49,7 @@ class Transfers:
         layout: How they lie there.
         manifest: Builds the manifest of a token range (start, count).
         patience: Of one transfer with its receiver.
+        ranks: Devices that share the heads; each one's leave as blocks of their own.
     """
 
     channels: ChannelCache
@@ -56,6 +57,7 @@ class Transfers:
     layout: KvLayout
     manifest: Callable[[int, int], kv_block_pb2.KvManifest]
     patience: Patience
+    ranks: int = 1
 
 
 class Streamer:
@@ -124,19 +126,21 @@ class Streamer:
         first = (done.token_start - done.chunk_start) // GROUP_TOKENS
         sent = slice(first, first + done.token_count // GROUP_TOKENS)
         ends_stream = done.layer == layout.layers - 1 and done.token_start + done.token_count == self._token_end
+        each = done.head_count // self._transfers.ranks
         for role, packed in zip(ROLES, views, strict=True):
-            blocks = self._writer.blocks(
-                done.layer,
-                role,
-                packed[:, sent],
-                token_start=done.token_start,
-                head_start=done.head_start,
-                last=ends_stream and role == ROLES[-1],
-                max_payload=self._max_payload,
-            )
-            for header, payload in blocks:
-                await self._stream.await_credit(payload.nbytes)
-                await self._stream.send_block(encode_frame(header, payload), payload.nbytes)
+            for head in range(0, done.head_count, each):
+                blocks = self._writer.blocks(
+                    done.layer,
+                    role,
+                    packed[head : head + each, sent],
+                    token_start=done.token_start,
+                    head_start=done.head_start + head,
+                    last=ends_stream and role == ROLES[-1] and head + each == done.head_count,
+                    max_payload=self._max_payload,
+                )
+                for header, payload in blocks:
+                    await self._stream.await_credit(payload.nbytes)
+                    await self._stream.send_block(encode_frame(header, payload), payload.nbytes)
 
     async def commit(self) -> None:
         """Ends the stream and waits until decode has committed every block."""
