@@ -1,9 +1,8 @@
-"""`python -m bench.decode [--quick] [PART ...]`, parts attention, 4B, 8B, 14B, 32B; all of them by default.
+"""`python -m bench.decode [--quick] [--no-check] [PART ...]`, parts 8B, 32B, 14B, 4B, attention; all of them by default.
 
-Checks the kernels over the whole grid in parallel processes (which also compiles what is timed), times them, writes
-`decode.json` and `decode.svg` into $OUT or the current directory, and prints its tables last. Block float with four
-query heads is what the goals are about; formats `bf16` in (b) are the same step with its KV materialised, so (c) is
-read off both.
+Runs the GPU tests in parallel processes (and compiles what is timed meanwhile), times, writes `decode.json` and
+`decode.svg` into $OUT or the current directory, and prints its tables last. Block float with four query heads is what
+the goals are about; format `bf16` in (b) is the same step with its KV materialised, so (c) is read off both.
 """
 
 from __future__ import annotations
@@ -26,26 +25,27 @@ from bench.decode.timing import copy_bandwidth
 from bench.figures import provenance
 
 FORMATS = ("tt_bfp8_b", "bf16")
-PARTS = ("attention", *step.SHAPES)
+PARTS = ("8B", "32B", "14B", "4B", "attention")
 
 
 def main() -> int:
     """Runs what was asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="block float alone, no check")
+    parser.add_argument("--quick", action="store_true", help="attention of block float alone")
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="run the GPU tests first")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no new row after so many")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     args = parser.parse_args()
-    began = time.monotonic()
+    end = time.monotonic() + args.seconds
     out = Path(os.environ.get("OUT", "."))
-    failed = 0 if args.quick else _check(out)
+    passed = _check(out) if args.check else None
     copy = copy_bandwidth()
     found: dict[str, Any] = {
         "provenance": provenance(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "copy_tb_per_s": copy / 1e12,
-        "checks_failed": failed,
+        "checks_passed": passed,
         "attention": [],
         "steps": [],
     }
@@ -53,30 +53,33 @@ def main() -> int:
         rows = attention.measure(copy, quick=args.quick) if part == "attention" else step.measure(copy, part, FORMATS)
         for row in rows:
             found["attention" if part == "attention" else "steps"].append(dataclasses.asdict(row))
-            if time.monotonic() - began > args.seconds:
+            if time.monotonic() > end:
                 break
         torch.cuda.empty_cache()
         (out / "decode.json").write_text(json.dumps(found, indent=1))
+        if time.monotonic() > end:
+            break
     (out / "decode.svg").write_text(picture(found))
     _show(found)
-    return 1 if failed else 0
+    return 1 if passed is False else 0
 
 
-def _check(out: Path) -> int:
-    """Shares of the grid in processes of their own; how many failed."""
-    shares = max(1, (os.cpu_count() or 1) - 2)
-    command = [sys.executable, "-m", "support.decode_kernel_checks"]
+def _check(out: Path) -> bool:
+    """Whether the GPU tests pass; compiles what will be timed beside them."""
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(workers), "tests/gpu"]
     with (out / "checks.log").open("w") as log:
         running = [
-            subprocess.Popen([*command, f"{share}/{shares}"], stdout=log, stderr=subprocess.STDOUT)
-            for share in range(shares)
+            subprocess.Popen([sys.executable, "-c", f"from bench.decode import attention as a; a.fused_us{each}"])
+            for each in attention.COMPILED
         ]
-        return sum(process.wait() != 0 for process in running)
+        passed = subprocess.run(tests, stdout=log, stderr=subprocess.STDOUT, check=False).returncode == 0
+        return all([process.wait() == 0 for process in running]) and passed
 
 
 def _show(found: dict[str, Any]) -> None:
     print(f"{found['gpu']}, torch {found['torch']}, copy {found['copy_tb_per_s']:.2f} TB/s, {found['provenance']}")
-    print(f"checks failed: {found['checks_failed']}")
+    print(f"checks passed: {found['checks_passed']}")
     print("(a) one layer: query heads, codec, sequences x tokens: us, TB/s, of copy | SDPA BF16, flex")
     for row in found["attention"]:
         even = "" if row["balanced"] else " imbalanced"

@@ -24,6 +24,12 @@ WARPS = 16
 """Programs of a multiprocessor."""
 
 
+_SHAPES = [(group, "tt_bfp8_b") for group in (4, 5, 8)] + [(4, name) for name in KINDS if name != "tt_bfp8_b"]
+
+COMPILED = [(group, name, [64, 64]) for group, name in _SHAPES if KINDS[name]]
+"""Arguments of `fused_us`, small, that compile everything."""
+
+
 @dataclass(frozen=True)
 class AttentionRow:
     """One measurement.
@@ -91,8 +97,8 @@ def torch_us(group: int, batch: int, context: int, *, flex: bool = False) -> flo
 
 
 def measure(copy: float, *, quick: bool) -> Iterator[AttentionRow]:
-    """All rows: every format with four query heads, and block float with five and eight."""
-    for group, page_format in [(4, name) for name in KINDS] + [(5, "tt_bfp8_b"), (8, "tt_bfp8_b")]:
+    """All rows: block float with four, five and eight query heads, and every other format with four."""
+    for group, page_format in _SHAPES:
         for context in CONTEXTS:
             for batch in BATCHES:
                 if quick and (page_format != "tt_bfp8_b" or batch * context > 32 * 16384):

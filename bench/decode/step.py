@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from bench.decode.attention import HEAD_DIM, KV_HEADS, WARPS
 from bench.decode.pages import KINDS, KvMemory, random_kv
@@ -194,7 +193,7 @@ def _products_ms(step: StepModel, batch: int) -> float:
     def product(weight: torch.Tensor) -> Work:
         width = weight.shape[1]
         x = inputs.setdefault(width, torch.randn(batch, width, device="cuda").bfloat16())
-        return lambda: functional.linear(x, weight)
+        return lambda: step.multiply(x, weight)
 
     works = [product(weight) for weight in step.matrices()]
 

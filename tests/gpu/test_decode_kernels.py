@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from support.decode_kernel_checks import ATTENTION_ERROR, STEP_ERROR, AttentionCheck, grid, step_error
+from support.decode_kernel_checks import (
+    ATTENTION_ERROR,
+    MATRICES,
+    STEP_ERROR,
+    AttentionCheck,
+    grid,
+    matvec_error,
+    step_error,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,3 +32,8 @@ def test_the_twin_in_plain_triton_agrees_too() -> None:
 
 def test_a_step_agrees_with_the_model() -> None:
     assert step_error(ptx=True) <= STEP_ERROR
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_a_single_row_product_agrees_with_float64(shape: tuple[int, int]) -> None:
+    assert matvec_error(*shape, ptx=True) <= ATTENTION_ERROR

@@ -6,7 +6,6 @@ grid runs, with the kernels' PTX; here a corner of it, with their twins in plain
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.attention import Span, TorchPagedAttention
 from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, StepRows, pages_of
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
+from hma_serve.decode.kernels.matvec import matvec
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT
 from hma_serve.decode.kernels.page_orders import fragment_page
 from hma_serve.decode.kernels.step_model import StepMemory, StepModel
@@ -33,6 +33,10 @@ ATTENTION_ERROR = 3e-3
 
 STEP_ERROR = 2e-2 if ON_GPU else 5e-2
 """Relative L2 of logits between two ways to round; the interpreter cuts instead of rounding to BF16."""
+
+
+MATRICES = [(37, 100), (6144, 4096), (4096, 12288), (151936, 2560), (5120, 5120)]
+"""Outputs and inputs of single rows' products."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,18 @@ def step_error(*, ptx: bool) -> float:
     return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
+def matvec_error(outputs: int, width: int, *, ptx: bool) -> float:
+    """Of one row's product against float64."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, width, generator=generator)
+    matrix = torch.randn(outputs, width, generator=generator)
+    if ON_GPU:
+        x, matrix = x.bfloat16(), matrix.bfloat16()
+    expected = x.double() @ matrix.double().T
+    found = matvec(x.to(DEVICE), matrix.to(DEVICE), pdl=ptx).cpu().double()
+    return float((found - expected).norm() / expected.norm())
+
+
 def _pool(config: ModelConfig, orders: PageOrders, device: str) -> PagePool:
     return PagePool(
         KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
@@ -220,13 +236,10 @@ def _held(pages: Reservation) -> Iterator[torch.Tensor]:
 
 
 def main() -> None:
-    """The corner in the interpreter or the grid on a GPU, of which argument 1 is the share (0/4), and one step."""
-    checks = grid() if ON_GPU else CORNER
-    if len(sys.argv) > 1:
-        first, shares = map(int, sys.argv[1].split("/"))
-        checks = checks[first::shares]
-    errors = [(str(check), check.run(ptx=ON_GPU), ATTENTION_ERROR) for check in checks]
-    errors.append(("step", step_error(ptx=ON_GPU), STEP_ERROR))
+    """The corner, one step and one product, in the interpreter."""
+    errors = [(str(check), check.run(ptx=False), ATTENTION_ERROR) for check in CORNER]
+    errors.append(("step", step_error(ptx=False), STEP_ERROR))
+    errors.append(("matvec", matvec_error(*MATRICES[0], ptx=False), ATTENTION_ERROR))
     for name, error, bound in errors:
         print(f"{error:.2e} (at most {bound:.0e}) {name}")
     bad = [name for name, error, bound in errors if not error <= bound]

@@ -16,7 +16,11 @@ from hma_serve.decode.kernels.paged_decode import attend, merge, number_pages
 HEADS_AT_ONCE: Final = 8
 """Query heads of a KV head at most: the columns of one tensor-core product."""
 
-_MOST_PARTS = 16
+_MERGES = ((128, 32, 128, 4), (512, 64, 64, 4), (2048, 128, 32, 4), (1 << 31, 128, 16, 2))
+"""Up to so many (row, head)s: channels and parts that a program of `merge` looks at, and its warps.
+
+The fewer there are, the more programs of `attend` share each of them."""
+
 _CHUNK = 64
 
 
@@ -165,7 +169,10 @@ class AttentionWork:
             maxnreg=max_registers,
             launch_pdl=overlap,
         )
-        merge[(shape.rows, shape.kv_heads * shape.group)](
+        outputs = shape.rows * shape.kv_heads * shape.group
+        _, channels, parts, warps = next(each for each in _MERGES if outputs <= each[0])
+        channels = min(channels, shape.head_dim & -shape.head_dim)
+        merge[(shape.rows, shape.kv_heads * shape.group, shape.head_dim // channels)](
             self._shared,
             out,
             self._part,
@@ -173,9 +180,10 @@ class AttentionWork:
             KV=shape.kv_heads,
             G=shape.group,
             D=shape.head_dim,
-            PARTS=_MOST_PARTS,
+            PARTS=parts,
+            CHANNELS=channels,
             PTX=ptx,
-            num_warps=2,
+            num_warps=warps,
             launch_pdl=overlap,
         )
 

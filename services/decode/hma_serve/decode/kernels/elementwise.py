@@ -35,6 +35,7 @@ def residual_norm(
     inside = column < WIDTH
     gain = tl.load(GAIN + column, mask=inside, other=0.0).to(tl.float32)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     x = tl.load(HIDDEN + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
@@ -51,6 +52,7 @@ def residual_norm(
 def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """silu(first half) * second half of a row."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -443,22 +443,24 @@ def merge(
     G: tl.constexpr,
     D: tl.constexpr,
     PARTS: tl.constexpr,  # looked at together
+    CHANNELS: tl.constexpr,  # of a program
     PTX: tl.constexpr,
 ):
-    """One (row, head) of the output, if several programs of `attend` share it."""
+    """Some channels of one (row, head) of the output, if several programs of `attend` share it."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     pair = row * KV + head // G
-    if PTX:
-        gdc_wait()
     begin = tl.load(SHARED + pair)
     last = tl.load(SHARED + tl.num_programs(0) * KV + pair)
+    if PTX:
+        gdc_launch_dependents()
+        gdc_wait()
     if last > begin:
-        channel = tl.arange(0, D)
+        channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         line = tl.arange(0, PARTS)
         top = tl.full([PARTS], _NOTHING, tl.float32)
         total = tl.zeros([PARTS], tl.float32)
-        sums = tl.zeros([PARTS, D], tl.float32)
+        sums = tl.zeros([PARTS, CHANNELS], tl.float32)
         for i in range(begin, last + 1, PARTS):
             program = i + line
             there = program <= last

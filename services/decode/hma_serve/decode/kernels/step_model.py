@@ -16,6 +16,7 @@ from torch.nn import functional
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.kernels.attention_call import AttentionWork, LayerPages, QueryOperand, StepRows
 from hma_serve.decode.kernels.elementwise import embed, gate, project, residual_norm
+from hma_serve.decode.kernels.matvec import matvec
 from hma_serve.model.rotary import rotary_table
 from hma_serve.model.tensors import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 
@@ -59,6 +60,7 @@ class StepModel:
         weights: Tensors by their Hugging Face names, bfloat16 on the device; each is asked for once.
         k_offsets: What packed keys have been moved by, float32 [layers, kv_heads, head_dim]; None: nothing.
         ptx: False runs the attention's twin in plain Triton.
+        own_matvec: Multiply single rows by a kernel of this package, not by cuBLAS.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class StepModel:
         k_offsets: torch.Tensor | None = None,
         *,
         ptx: bool = True,
+        own_matvec: bool = True,
     ) -> None:
         self.config = config
         self._ptx = ptx
+        self._matvec = own_matvec
         self._embedding = weights[EMBEDDING]
         self._layers = [_layer(weights, index) for index in range(config.num_layers)]
         self._final_norm = weights[FINAL_NORM]
@@ -90,6 +94,12 @@ class StepModel:
         for layer in self._layers:
             yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
         yield self._head
+
+    def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """X [rows, inputs] times a matrix [outputs, inputs], transposed."""
+        if len(x) == 1 and self._matvec:
+            return matvec(x, matrix, pdl=self._ptx)
+        return functional.linear(x, matrix)
 
     def run(
         self, memory: StepMemory, pages: Sequence[Sequence[LayerPages]], works: Sequence[AttentionWork]
@@ -115,11 +125,11 @@ class StepModel:
         delta: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             x = self._norm(hidden, delta, layer.input_norm)
-            attended = self._attend(index, layer, functional.linear(x, layer.qkv), memory.rows, pages, works)
-            x = self._norm(hidden, functional.linear(attended, layer.output), layer.mlp_norm)
-            delta = functional.linear(self._gate(functional.linear(x, layer.gate_up)), layer.down)
+            attended = self._attend(index, layer, self.multiply(x, layer.qkv), memory.rows, pages, works)
+            x = self._norm(hidden, self.multiply(attended, layer.output), layer.mlp_norm)
+            delta = self.multiply(self._gate(self.multiply(x, layer.gate_up)), layer.down)
         x = self._norm(hidden, delta, self._final_norm)
-        return functional.linear(x.index_select(0, memory.chosen), self._head)
+        return self.multiply(x.index_select(0, memory.chosen), self._head)
 
     def _norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(hidden)

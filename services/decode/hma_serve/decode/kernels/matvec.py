@@ -1,0 +1,54 @@
+"""A matrix times one vector, at the rate at which the matrix arrives: a matrix library's smallest product is not."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+_ELEMENTS = 8192
+"""Of the matrix that a program has under way: 16 KB."""
+_PROGRAMS = 768
+"""At least, if there are as many rows: about six on each multiprocessor."""
+
+
+@triton.jit
+def _matvec(MATRIX, X, OUT, outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    matrix = MATRIX + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    there = (row < outputs)[:, None]
+    # The matrix does not change, so its first part may come before the vector is there.
+    ahead = tl.load(matrix, mask=there & (column < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        held = ahead
+        after = start + BLOCK + column
+        ahead = tl.load(
+            matrix + start + BLOCK, mask=there & (after < WIDTH)[None, :], other=0.0, eviction_policy="evict_first"
+        )
+        x = tl.load(X + start + column, mask=start + column < WIDTH, other=0.0).to(tl.float32)
+        sums += held.to(tl.float32) * x[None, :]
+    tl.store(OUT + row, tl.sum(sums, 1).to(OUT.dtype.element_ty), mask=row < outputs)
+
+
+def matvec(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+    """X [1, inputs] times matrix [outputs, inputs], transposed: [1, outputs]; sums in float32.
+
+    Args:
+        x: bfloat16.
+        matrix: bfloat16, contiguous.
+        pdl: Launch while the kernel before still runs.
+    """
+    outputs, width = matrix.shape
+    out = x.new_empty((1, outputs))
+    rows = min(16, max(2, triton.next_power_of_2(outputs // _PROGRAMS + 1) // 2))
+    block = min(_ELEMENTS // rows, triton.next_power_of_2(width))
+    _matvec[(triton.cdiv(outputs, rows),)](
+        matrix, x, out, outputs, WIDTH=width, ROWS=rows, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
+    return out
