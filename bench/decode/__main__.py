@@ -1,8 +1,8 @@
-"""`python -m bench.decode [--quick] [--no-check] [PART ...]`, parts 8B, 32B, 14B, 4B, attention; all of them by default.
+"""`python -m bench.decode [--no-check] [PART ...]`: parts 8B, attention, 32B, 14B, 4B, codecs; all of them by default.
 
 Runs the GPU tests in parallel processes (and compiles what is timed meanwhile), times, writes `decode.json` and
-`decode.svg` into $OUT or the current directory, and prints its tables last. Block float with four query heads is what
-the goals are about; format `bf16` in (b) is the same step with its KV materialised, so (c) is read off both.
+`decode.svg` into $OUT or the current directory, and prints its tables last. Part `attention` is (a) for block float,
+`codecs` for other formats; format `bf16` in (b) is the same step with its KV materialised, so (c) is read off both.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from bench.decode.picture import picture
 from bench.decode.timing import copy_bandwidth
 from bench.figures import provenance
 
-FORMATS = ("tt_bfp8_b", "bf16")
-PARTS = ("8B", "32B", "14B", "4B", "attention")
+PARTS = ("8B", "attention", "32B", "14B", "4B", "codecs")
 
 
 def main() -> int:
     """Runs what was asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="attention of block float alone")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="run the GPU tests first")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no new row after so many")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
@@ -50,9 +48,9 @@ def main() -> int:
         "steps": [],
     }
     for part in args.parts or PARTS:
-        rows = attention.measure(copy, quick=args.quick) if part == "attention" else step.measure(copy, part, FORMATS)
-        for row in rows:
-            found["attention" if part == "attention" else "steps"].append(dataclasses.asdict(row))
+        kernel = part in attention.PARTS
+        for row in attention.measure(copy, part) if kernel else step.measure(copy, part):
+            found["attention" if kernel else "steps"].append(dataclasses.asdict(row))
             if time.monotonic() > end:
                 break
         torch.cuda.empty_cache()
@@ -74,7 +72,8 @@ def _check(out: Path) -> bool:
             for each in attention.COMPILED
         ]
         passed = subprocess.run(tests, stdout=log, stderr=subprocess.STDOUT, check=False).returncode == 0
-        return all([process.wait() == 0 for process in running]) and passed
+        compiled = [process.wait() == 0 for process in running]
+        return passed and all(compiled)
 
 
 def _show(found: dict[str, Any]) -> None:

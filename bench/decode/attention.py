@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch.nn import functional
@@ -24,9 +25,13 @@ WARPS = 16
 """Programs of a multiprocessor."""
 
 
-_SHAPES = [(group, "tt_bfp8_b") for group in (4, 5, 8)] + [(4, name) for name in KINDS if name != "tt_bfp8_b"]
+PARTS = {
+    "attention": [(4, "tt_bfp8_b"), (8, "tt_bfp8_b"), (5, "tt_bfp8_b")],
+    "codecs": [(4, name) for name in KINDS if name != "tt_bfp8_b"],
+}
+"""Query heads of a KV head, and the format."""
 
-COMPILED = [(group, name, [64, 64]) for group, name in _SHAPES if KINDS[name]]
+COMPILED = [(group, name, [64, 64]) for shapes in PARTS.values() for group, name in shapes if KINDS[name]]
 """Arguments of `fused_us`, small, that compile everything."""
 
 
@@ -96,17 +101,14 @@ def torch_us(group: int, batch: int, context: int, *, flex: bool = False) -> flo
     return microseconds([partial(sdpa, q, k, v, enable_gqa=True) for k, v in kv * 4])
 
 
-def measure(copy: float, *, quick: bool) -> Iterator[AttentionRow]:
-    """All rows: block float with four, five and eight query heads, and every other format with four."""
-    for group, page_format in _SHAPES:
-        for context in CONTEXTS:
-            for batch in BATCHES:
-                if quick and (page_format != "tt_bfp8_b" or batch * context > 32 * 16384):
+def measure(copy: float, part: str) -> Iterator[AttentionRow]:
+    """All rows of a part; the largest batch of the longest context is left out."""
+    for group, page_format in PARTS[part]:
+        for context, batch in product(CONTEXTS, BATCHES):
+            for balanced in (True, False):
+                if batch * context > 32 * 16384 or (not balanced and (batch == 1 or part != "attention")):
                     continue
-                for balanced in (True, False):
-                    if not balanced and batch == 1:
-                        continue
-                    yield _row(copy, group, page_format, batch, context, balanced)
+                yield _row(copy, group, page_format, batch, context, balanced)
 
 
 def _row(copy: float, group: int, page_format: str, batch: int, context: int, balanced: bool) -> AttentionRow:

@@ -128,8 +128,9 @@ def fits(model: str, page_format: str, batch: int, context: int) -> bool:
     return needed + 4e9 < torch.cuda.get_device_properties(0).total_memory
 
 
-def measure(copy: float, model: str, formats: tuple[str, ...]) -> Iterator[StepRow]:
-    """All rows of a model that fit this GPU."""
+def measure(copy: float, model: str) -> Iterator[StepRow]:
+    """All rows of a model that fit this GPU, and for the 8B those of materialised KV."""
+    formats = ("tt_bfp8_b", "bf16") if model == "8B" else ("tt_bfp8_b",)
     wanted = [(name, *row) for name in formats for row in ROWS[model] if fits(model, name, *row)]
     if not wanted:
         return
