@@ -44,11 +44,13 @@ class _Graph:
         graph: Replays it.
         logits: [bucket, vocab], its result.
         greedy: int64 [bucket], the likeliest tokens.
+        works: Whose memory it writes to, which must live as long as it does.
     """
 
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
     greedy: torch.Tensor
+    works: Sequence[AttentionWork]
 
 
 class GpuStepRunner:
@@ -165,7 +167,7 @@ class GpuStepRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
             logits, greedy = run()
-        return _Graph(graph, logits, greedy)
+        return _Graph(graph, logits, greedy, works)
 
 
 class _Slots:
