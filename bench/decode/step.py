@@ -159,6 +159,7 @@ def measure(copy: float, model: str) -> Iterator[StepRow]:
             kv.layers.numel() * 4 / 1e9,
         )
         del kv
+        torch.cuda.empty_cache()
 
 
 def _step_ms(step: StepModel, kv: KvMemory, batch: int) -> tuple[float, float]:
