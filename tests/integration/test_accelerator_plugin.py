@@ -95,7 +95,6 @@ def test_it_computes_for_a_cluster(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--profile", "abacus"], "unknown profile 'abacus'"),
         (["--profile", "bf16"], "an Abacus counts in int8; profile bf16 does not"),
         (["--profile", "abacus", "--profiles", str(PROFILES), "--tp", "2"], "there is one Abacus to a host"),
     ],

@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize(("profile", "ranks"), [("f32", 4), ("fp8_e4m3", 2), ("nvfp4", 2)])
+@pytest.mark.parametrize(("profile", "ranks"), [("f32", 4), ("nvfp4", 2)])
 def test_ranks_compute_what_one_device_does(checkpoint: Path, profile: str, ranks: int) -> None:
     done = subprocess.run(
         [sys.executable, str(CHECK), str(checkpoint), profile, str(ranks)],
