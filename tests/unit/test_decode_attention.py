@@ -1,5 +1,6 @@
 """Attention over mixed pages against a dense float64 reference of the same decoded cache."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,19 @@ from hma_serve.quant import codec, codec_names
 from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED
 
 KV_HEADS, HEAD_DIM = 2, 32
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Many small operations: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 FORMATS = ("f32", "bf16", "tt_bfp8_b")
 
 
