@@ -21,6 +21,7 @@ from hma_serve.decode.engine_parts import EngineParts, EngineSpec
 from hma_serve.decode.gpu_runner import GpuStepRunner
 from hma_serve.decode.intake import FusedIntake, MaterialisedIntake, Packed
 from hma_serve.decode.kernels.attention_call import HEADS_AT_ONCE
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import Role
@@ -68,6 +69,8 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
         max_tokens=spec.max_model_len,
         arrivals=intake.arrivals,
     )
+    kinds = (packed_kind(name) for name in spec.codecs)
+    runner.warm_up(list(dict.fromkeys([BLOCK_FLOAT, *(kind for kind in kinds if kind is not None)])))
     return EngineParts(
         device=torch.cuda.get_device_name(device),
         device_bytes=torch.cuda.get_device_properties(device).total_memory,

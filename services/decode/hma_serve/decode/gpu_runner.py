@@ -93,6 +93,18 @@ class GpuStepRunner:
         self._programs = _WARPS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
     @torch.inference_mode()
+    def warm_up(self, kinds: Sequence[PackedKind]) -> None:
+        """Compiles the readers of some kinds of pages, and captures every size of step for the first of them.
+
+        What is left is captured when it is first needed, which then takes a fraction of a second.
+        """
+        for kind in kinds:
+            for bucket in _BUCKETS if kind is kinds[0] else _BUCKETS[:1]:
+                if bucket <= self._rows:
+                    pair = ((kind, kind),)
+                    self._graphs[bucket, pair] = self._capture(bucket, pair)
+
+    @torch.inference_mode()
     def begin(self, shares: Sequence[Share]) -> Step:
         """See `StepRunner`."""
         kinds = self._kinds(shares)
