@@ -49,6 +49,18 @@ def test_chat_continues_what_transformers_renders(cluster: Cluster) -> None:
     assert answer["usage"]["prompt_tokens"] == len(ids)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_says_what_did_not_need_to_be_computed(cluster: Cluster, path: str) -> None:
+    story = f"Tell {path} again of the whale that rose from the sea, and of the captain. " * 4
+    asked = {"prompt": story} if path == "/v1/completions" else {"messages": [{"role": "user", "content": story}]}
+    first, second = (post(cluster, path, **asked) for _ in range(2))
+    tokens = first["usage"]["prompt_tokens"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] < 32
+    # All whole groups of 32 tokens but for the last token, which decode computes.
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == (tokens - 1) // 32 * 32
+    assert second["choices"] == first["choices"]
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"who": {"type": "string", "maxLength": 8}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},

@@ -155,6 +155,7 @@ class Attempt:
                     beside.append(asyncio.create_task(self._prefill(prefill, ticket, call)))
                     beside.append(asyncio.create_task(self._renew(stub, ticket)))
                 else:
+                    self.cached_tokens = ticket.present_tokens
                     self._held.release_prefill()
                 async for response in self._relay(call):
                     yield response
