@@ -40,9 +40,7 @@ def test_a_tuned_process_does_not_fault_its_buffers_in_again() -> None:
 
 
 @pytest.mark.parametrize("module", [prefill_main, decode_main], ids=["prefill", "decode"])
-def test_both_ends_of_a_stream_tune_theirs_before_work(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_ends_of_a_stream_tune_theirs_before_work(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     async def work(*_: object) -> None:
