@@ -2,7 +2,7 @@
 
 Real prefill and decode workers, one request at a time, in a profile's arithmetic; the link's rate is such that the BF16
 transfer takes `--transfer` times the computation, unless `--mbit` says what it is. On a GPU machine:
-`python -m bench.ablation --device cuda --profile fp8_e4m3 --tokens 4096 --mbit 10000
+`python -m bench.ablation --device cuda --decode-device cuda --profile fp8_e4m3 --tokens 4096 --mbit 10000
 --model random:qwen3-4b random:qwen3-8b random:qwen3-14b random:qwen3-32b`.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import re
 import statistics
 import sys
@@ -45,6 +46,7 @@ class Setting:
     Attributes:
         model: Name, directory or `random:SHAPE`.
         device: Of prefill.
+        decode_device: Of decode.
         profile: Of the arithmetic.
         tokens: Of the prompt, one chunk.
         transfer: BF16 transfer in units of the computation.
@@ -54,6 +56,7 @@ class Setting:
 
     model: str
     device: str
+    decode_device: str
     profile: str
     tokens: int
     transfer: float
@@ -69,6 +72,10 @@ class Setting:
         )
         (self.profiles / f"{name}.toml").write_text(text, encoding="utf-8")
         return {"bf16": name, profile.k_codec: self.profile}
+
+    def decode(self, mode: str) -> list[str]:
+        """Arguments of a decode worker."""
+        return ["--model", self.model, "--device", self.decode_device, "--kv-mode", mode, "--threads", "1"]
 
     @contextlib.contextmanager
     def prefill(self, profile: str, *, overlap: bool) -> Iterator[Worker]:
@@ -119,22 +126,19 @@ def measure(setting: Setting) -> Ablation:
     """All combinations of one model."""
     wires, rows, rate = setting.wires(), [], 0.0
     model = read_model_config(resolve_checkpoint(setting.model))
-    with contextlib.ExitStack() as stack:
-        decodes = {
-            mode: stack.enter_context(worker("decode", "--model", setting.model, "--kv-mode", mode, "--threads", "1"))
-            for mode in MODES
-        }
-        for wire, profile in wires.items():
-            for overlap in (True, False):
+    for mode in MODES:
+        with worker("decode", *setting.decode(mode)) as decode:
+            for (wire, profile), overlap in itertools.product(wires.items(), (True, False)):
                 with setting.prefill(profile, overlap=overlap) as prefill:
-                    rate = rate or asyncio.run(_rate(setting, prefill, decodes["fused"]))
-                    for mode, decode in decodes.items():
-                        row = _row(setting, wire, prefill, decode, overlap=overlap, mode=mode, rate=rate)
-                        rows.append(asyncio.run(row))
-                        print(rows[-1], file=sys.stderr, flush=True)
+                    rate = rate or asyncio.run(_rate(setting, prefill, decode))
+                    row = _row(setting, wire, prefill, decode, overlap=overlap, mode=mode, rate=rate)
+                    rows.append(asyncio.run(row))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: (list(wires).index(row.wire), not row.overlap, MODES.index(row.mode)))
     native = find_profile(setting.profile)
     codecs = {"bf16": ("bf16", "bf16"), native.k_codec: (native.k_codec, native.v_codec)}
-    times = {wire: layer_times(model, names, setting.tokens, setting.device) for wire, names in codecs.items()}
+    devices = (setting.device, setting.decode_device)
+    times = {wire: layer_times(model, names, setting.tokens, devices) for wire, names in codecs.items()}
     name = setting.model.removeprefix("random:")
     return Ablation(name, setting.profile, setting.device, setting.tokens, model.num_layers, rate, rows, times)
 
@@ -144,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=__doc__)
     parser.add_argument("--model", nargs="+", default=["demo"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--decode-device", default="cpu")
     parser.add_argument("--profile", default="tt_bfp8")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--transfer", type=float, default=1.0, help="BF16 transfer over computation")
@@ -154,7 +159,16 @@ def main() -> None:
     print(made)
     with tempfile.TemporaryDirectory() as profiles:
         for model in args.model:
-            setting = Setting(model, args.device, args.profile, args.tokens, args.transfer, args.mbit, Path(profiles))
+            setting = Setting(
+                model,
+                args.device,
+                args.decode_device,
+                args.profile,
+                args.tokens,
+                args.transfer,
+                args.mbit,
+                Path(profiles),
+            )
             results.append(measure(setting))
             print(f"\n{results[-1].title}\n\n{tables(results[-1])}", flush=True)
     if args.write is not None:

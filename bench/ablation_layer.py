@@ -20,21 +20,25 @@ from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT
 _REPEATS = 7
 
 
-def layer_times(model: ModelConfig, codecs: tuple[str, str], tokens: int, device: str) -> LayerTimes:
-    """Medians for keys and values of `tokens` tokens in these codecs; one thread on a CPU."""
+def layer_times(model: ModelConfig, codecs: tuple[str, str], tokens: int, devices: tuple[str, str]) -> LayerTimes:
+    """Medians for keys and values of `tokens` tokens in these codecs, on prefill's device and decode's.
+
+    One thread on a CPU.
+    """
     torch.set_num_threads(1)
+    prefill, decode = devices
     geometry = KvGeometry(1, model.num_kv_heads, model.head_dim)
     pool = PagePool(
         geometry,
         packed_formats=sorted({*codecs, "bf16"}),
         plain_dtype=torch.bfloat16,
         capacity_tokens=2 * tokens + 4096,
-        device=device,
+        device=decode,
     )
     generator = torch.Generator().manual_seed(SEED)
-    values = torch.randn((model.num_kv_heads, tokens, model.head_dim), generator=generator).to(device)
+    values = torch.randn((model.num_kv_heads, tokens, model.head_dim), generator=generator).to(prefill)
     packed = Packed(*codecs, KV_ROPE_PAIRING_HALF_SPLIT, tokens)
-    units = [quant.codec(name).encode(values) for name in codecs]
+    units = [quant.codec(name).encode(values).to(decode) for name in codecs]
 
     def pack() -> None:
         for name in codecs:
@@ -42,7 +46,7 @@ def layer_times(model: ModelConfig, codecs: tuple[str, str], tokens: int, device
 
     def unpack(intake: FusedIntake | MaterialisedIntake) -> Callable[[], None]:
         pages = pool.reserve(intake.need(packed, tokens))
-        places = (pages.packed_k, pages.packed_v)
+        places = (pages.packed_k.to(decode), pages.packed_v.to(decode))
 
         def store() -> None:
             for role, addresses, part in zip((Role.K, Role.V), places, units, strict=True):
@@ -51,9 +55,9 @@ def layer_times(model: ModelConfig, codecs: tuple[str, str], tokens: int, device
         return store
 
     return LayerTimes(
-        pack=_median(pack, device),
-        fused=_median(unpack(FusedIntake(pool)), device),
-        materialise=_median(unpack(MaterialisedIntake(pool)), device),
+        pack=_median(pack, prefill),
+        fused=_median(unpack(FusedIntake(pool)), decode),
+        materialise=_median(unpack(MaterialisedIntake(pool)), decode),
     )
 
 
