@@ -80,12 +80,14 @@ class Passage:
         compute: Seconds of computation in prefill, measured there while the link was in use.
         exposed: Seconds of prefill's part that were neither queue nor computation.
         payload_bytes: KV that travelled.
+        tpot: Seconds between output tokens; 0: one was asked for.
     """
 
     ttft: float
     compute: float
     exposed: float
     payload_bytes: int
+    tpot: float = 0.0
 
 
 class Pair:
@@ -107,9 +109,9 @@ class Pair:
         self._info = info
         self.link = link
 
-    async def run(self, tokens: int) -> Passage:
-        """One request of so many packed tokens, none of it seen before, for one new token."""
-        request = self._request(tokens)
+    async def run(self, tokens: int, new_tokens: int = 1) -> Passage:
+        """One request of so many packed tokens, none of it seen before."""
+        request = self._request(tokens, new_tokens)
         began = time.perf_counter()
         generating = self._decode.Generate(request)
         ticket = (await generating.read()).ticket
@@ -124,11 +126,16 @@ class Pair:
         spent, completed = time.perf_counter() - asked_at, responses[-1].completed
         while not (await generating.read()).HasField("tokens"):
             pass
-        ttft = time.perf_counter() - began
+        first_at, read = time.perf_counter(), 1
+        while read < new_tokens:
+            read += len((await generating.read()).tokens.token_ids)
+        ttft, tpot = first_at - began, (time.perf_counter() - first_at) / max(1, read - 1)
         generating.cancel()
         await self._used(lambda used: used == 0)
         exposed = spent - completed.queue_seconds - completed.compute_seconds
-        return Passage(ttft, completed.compute_seconds, exposed, completed.payload_bytes)
+        return Passage(
+            ttft, completed.compute_seconds, exposed, completed.payload_bytes, tpot if new_tokens > 1 else 0.0
+        )
 
     async def held_tokens(self, tokens: int) -> int:
         """What decode reserves for such a request, in tokens of its own plain format."""
@@ -139,7 +146,7 @@ class Pair:
         await self._used(lambda used: used == 0)
         return used
 
-    def _request(self, packed: int) -> decode_pb2.DecodeGenerateRequest:
+    def _request(self, packed: int, new_tokens: int = 1) -> decode_pb2.DecodeGenerateRequest:
         number, model, codecs = next(_numbers), self._info.model, self._info.codecs
         drawn = np.random.default_rng((SEED, number)).integers(3, model.vocab, packed + 1)
         offer = decode_pb2.KvOffer(
@@ -158,7 +165,7 @@ class Pair:
             packed_tokens=packed,
             offer=offer,
             sampling=common_pb2.SamplingParams(temperature=0.0),
-            stop=common_pb2.StopConditions(max_tokens=1, ignore_eos=True),
+            stop=common_pb2.StopConditions(max_tokens=new_tokens, ignore_eos=True),
         )
 
     async def _used(self, settled: Callable[[int], bool]) -> int:
