@@ -14,7 +14,8 @@ Prefill computes in one arithmetic for all rows and one decode worker of each ki
 a user-space proxy. *BF16 wire*: the same profile sends BF16 in place of its native codec. *Overlap off*: nothing leaves
 before the last layer is computed. *Fused*: decode keeps what arrived and decodes it when it attends; *materialise*: it
 decodes on arrival. TTFT runs from the request at decode to the first token; exposed transfer is prefill's time that was
-neither queue nor computation, decode's commit included; memory is what decode reserves for the request. Medians."""
+neither queue nor computation, decode's commit included; memory is what decode reserves for the request. Medians.
+All rows compute the same: where their computation differs, the machine had other work beside."""
 _LAYER = """\
 Per layer of the whole prompt: computation in the service (packing is in it), packing K and V alone, their bytes over
 the rate, and putting them into decode's pages, by mode."""
