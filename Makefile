@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-pipeline bench-prefill bench-ablation clean
+.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-decode bench-pipeline bench-prefill bench-ablation clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -76,6 +76,9 @@ bench: setup ## Print the benchmarks' figures
 
 bench-pipeline: setup ## KV transfer hidden behind computation, against the formula
 	$(BIN)/python -m bench pipeline
+
+bench-decode: setup ## Check and time the decode step on a GPU; ARGS="--no-check 8B attention" for parts
+	$(BIN)/python -m bench.decode $(ARGS)
 
 bench-prefill: setup ## Prefill through the service against the same arithmetic in process
 	$(BIN)/python -m bench prefill
