@@ -7,7 +7,7 @@ import torch
 
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
-from hma_serve.decode.cuda import open_cuda
+from hma_serve.decode.cuda import kv_capacity, open_cuda
 from hma_serve.decode.engine_parts import EngineSpec
 
 CHECKPOINT = resolve_checkpoint("demo")
@@ -35,3 +35,19 @@ def test_what_has_no_kernels_is_refused(monkeypatch: pytest.MonkeyPatch, spec: E
     with pytest.raises(InvalidArgument) as refused:
         open_cuda(spec, memoryview(bytearray(4096)))
     assert refused.value.field == field
+
+
+def test_kv_takes_what_is_left_of_the_gpu() -> None:
+    spec = replace(SPEC, max_running=10_000)
+    per_token = 2 * CONFIG.kv_elements_per_token
+    few, more = (kv_capacity(spec, gigabytes << 30, "a GPU") for gigabytes in (12, 13))
+    assert 0.9 < (more - few) * per_token / 2**30 < 1
+    assert few * per_token < 12 << 30
+    assert kv_capacity(SPEC, 64 << 30, "a GPU") == 2 * 16 * 2048
+    assert kv_capacity(replace(SPEC, kv_capacity_tokens=4096), 12 << 30, "a GPU") == 4096
+
+
+@pytest.mark.parametrize("asked", [0, 1 << 20])
+def test_what_does_not_fit_the_gpu_is_refused_with_the_arithmetic(asked: int) -> None:
+    with pytest.raises(FailedPrecondition, match=r"weights .* \+ KV .* \+ workspace .* on a GPU"):
+        kv_capacity(replace(SPEC, kv_capacity_tokens=asked), 1 << 30, "a GPU")

@@ -10,6 +10,7 @@ channels are in the interleaved order.
 
 from __future__ import annotations
 
+import logging
 import mmap
 
 import numpy as np
@@ -27,6 +28,8 @@ from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, Need, PagePool
 from hma_serve.model import open_weights
+
+_log = logging.getLogger(__name__)
 
 _RESERVE = 1 << 30
 """Bytes for captured graphs and for the workspaces of cuBLAS."""
@@ -47,7 +50,7 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
     _require_supported(spec)
     device = torch.device("cuda", torch.cuda.current_device())
     config = spec.config
-    capacity = _capacity(spec, device)
+    capacity = kv_capacity(spec, torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device))
     _pin(slots)
     with open_weights(spec.checkpoint, config, device=device, dtype=torch.bfloat16, progress=spec.progress) as weights:
         offsets = None if spec.k_offsets is None else spec.k_offsets.to(device)
@@ -139,19 +142,28 @@ def _require_supported(spec: EngineSpec) -> None:
         )
 
 
-def _capacity(spec: EngineSpec, device: torch.device) -> int:
-    """Unquantised tokens of KV to make room for: as asked, or what is left of the GPU."""
+def kv_capacity(spec: EngineSpec, free: int, device: str) -> int:
+    """Unquantised tokens of KV to make room for: as asked, or what is left of the GPU.
+
+    Args:
+        spec: What to load.
+        free: Bytes of the GPU that nobody has taken.
+        device: Its name.
+
+    Raises:
+        FailedPrecondition: That does not fit beside the weights; the message has the arithmetic.
+    """
     config = spec.config
     per_token = config.kv_elements_per_token * _BF16_BYTES
     workspace = workspace_bytes(config, _BF16_BYTES, tokens=spec.step_tokens, sampled=spec.max_running) + _RESERVE
-    free, _ = torch.cuda.mem_get_info(device)
     weights = weight_bytes(config, _BF16_BYTES)
     left = (free - weights - workspace) // per_token
+    # More than every running request's whole window is of no use; packed ones may be wider than plain ones.
     tokens = spec.kv_capacity_tokens or min(
         max(spec.max_model_len, left * 19 // 20), 2 * spec.max_running * spec.max_model_len
     )
-    name = torch.cuda.get_device_name(device)
-    plan = MemoryPlan(weights=weights, kv=tokens * per_token, workspace=workspace, available=free, device=name)
+    plan = MemoryPlan(weights=weights, kv=tokens * per_token, workspace=workspace, available=free, device=device)
+    _log.info("memory: %s", plan)
     plan.check("choose a smaller model or lower --kv-capacity-tokens or --max-model-len")
     return tokens
 
