@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-decode bench-pipeline bench-prefill bench-ablation clean
+.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-decode bench-pipeline bench-prefill bench-decode-cpu bench-ablation clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -82,6 +82,9 @@ bench-decode: setup ## Check and time the decode step on a GPU; ARGS="--no-check
 
 bench-prefill: setup ## Prefill through the service against the same arithmetic in process
 	$(BIN)/python -m bench prefill
+
+bench-decode-cpu: setup ## A decode step on the CPU, packed and materialised, against transformers
+	$(BIN)/python -m bench decode_cpu
 
 bench-ablation: setup ## BF16 or native wire, overlap or none, fused or materialised; ARGS="--write docs" for the page
 	$(BIN)/python -m bench.ablation $(ARGS)

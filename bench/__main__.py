@@ -10,6 +10,7 @@ from bench.figures import provenance, show
 BENCHMARKS = {
     "kv_stream": "KV stream, numpy to numpy between two processes: gRPC against plain sockets, 1 MiB blocks",
     "serving": "the whole stack on this machine with the demo model",
+    "decode_cpu": "a decode step on the CPU: 16 streams of the demo model, the whole engine against transformers",
     "step_jitter": "a decode step while the KV of other requests arrives at full speed",
     "pipeline": "KV transfer that a prompt waits for, over a link of limited rate, in units of its computation T_c",
     "prefill": "prefill through the service against the same emulation called in process",

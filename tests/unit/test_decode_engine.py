@@ -593,3 +593,16 @@ def test_the_youngest_begins_again_when_overcommitted_memory_runs_out(overlap: b
     replayed = {stream for step in harness.runner.steps[len(steps_before) :] for stream, count in step if count > 1}
     assert replayed == preempted
     assert harness.engine._commitment.pauses >= len(preempted)
+
+
+def test_overcommitted_memory_is_promised_only_as_far_as_each_could_finish() -> None:
+    harness = Harness(capacity=320, overcommit=True)
+    # Three extents: packed pages of the first take one, and its output may come to fill the other two.
+    harness.admit(1, max_tokens=1000)
+    assert harness.pool.can_reserve(harness.engine._streams[1].sequence.pages.need, (), 1)
+    # There are pages for this one now, but then the first could never finish.
+    error = harness.failure(harness.turn(admit(2, 70 + 62 * 32, 64 * 32)))
+    assert error.code == "resource_exhausted"
+    harness.admit(3)
+    harness.turn(close(1), close(3))
+    harness.admit(2, 70 + 62 * 32, 64 * 32)
