@@ -167,6 +167,35 @@ async def test_a_decode_that_dies_ends_its_transfers_alone(
         assert sender.process.poll() is None
 
 
+async def test_a_decode_that_stalls_or_talks_nonsense_ends_its_transfer_alone(
+    checkpoint: Path, tmp_path: Path, decodes: decode_worker.Client, decode: decode_worker.Worker
+) -> None:
+    tokens = decode_worker.prompt(PACKED + 1)
+    with prefill_worker.running_worker(checkpoint, tmp_path / "events", "--stall-timeout", "2") as sender:
+        async with prefill_worker.connected(sender) as client:
+            with between(decode) as proxy:
+                proxy.freeze()
+                with pytest.raises(Unavailable, match=r"decode at"):
+                    await client.prefill(f"127.0.0.1:{proxy.port}", tokens[:PACKED]).completed()
+            async with await asyncio.start_server(_babble, "127.0.0.1", 0) as babbler:
+                port = babbler.sockets[0].getsockname()[1]
+                with pytest.raises(Unavailable, match=r"decode at"):
+                    await client.prefill(f"127.0.0.1:{port}", tokens[:PACKED]).completed()
+            await client.idle()
+            # The worker is as well as before.
+            generating = decodes.decode.Generate(ask(decodes, tokens), timeout=60)
+            ticket = (await first(generating)).ticket
+            await client.prefill(decode.address, tokens[:PACKED], ticket=ticket.nonce).completed()
+            assert emitted(await rest(generating)) == reference_generate(checkpoint, "tt_bfp8", tokens, NEW_TOKENS)
+
+
+async def _babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers whatever comes with bytes that are no HTTP/2."""
+    await reader.read(1)
+    writer.write(b"\x00\xffnonsense" * 1000)
+    writer.close()
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_truncated_checkpoint_is_named_and_leaves_no_process(tmp_path: Path, role: str) -> None:
     damaged = make_tiny_checkpoint(tmp_path / "damaged", head_dim=32)
