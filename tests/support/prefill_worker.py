@@ -21,7 +21,7 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from hma_serve.rpc import deadline_in, from_rpc_error
-from hma_serve.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
+from hma_serve.v1 import common_pb2, kv_block_pb2, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 from support.cluster import descendants
 from support.push_receiver import PushReceiver
 
@@ -157,6 +157,7 @@ class Client:
         epoch: int = 1,
         deadline: float = 60.0,
         tenant: str = "",
+        agreement: kv_block_pb2.KvAgreement | None = None,
     ) -> Call:
         name = f"request-{next(_names)}"
         context = common_pb2.RequestContext(request_id=name, epoch=epoch, deadline=deadline_in(deadline), tenant=tenant)
@@ -166,6 +167,7 @@ class Client:
             ticket=ticket or name.encode().ljust(16, b"."),
             decode_address=address or (receiver if isinstance(receiver, str) else receiver.address),
             token_start=token_start,
+            agreement=agreement,
         )
         return Call(self._channel, request)
 

@@ -12,6 +12,7 @@ from hma_serve.core.worker import (
     KvRopePairing,
     KvRounding,
     KvScaleGranularity,
+    KvSupport,
     ModelInfo,
     RopeSpec,
     WorkerInfo,
@@ -20,6 +21,7 @@ from hma_serve.core.worker import (
     mint_instance,
 )
 from hma_serve.registry import FleetSnapshot, Watcher
+from hma_serve.v1 import kv_block_pb2
 
 
 def a_worker(role: WorkerRole = WorkerRole.DECODE, instance: str = "", address: str = "127.0.0.1:50071") -> WorkerInfo:
@@ -50,6 +52,29 @@ def a_worker(role: WorkerRole = WorkerRole.DECODE, instance: str = "", address: 
         profile="tt_bfp8",
         http_address="127.0.0.1:9091",
         rope_pairings=(KvRopePairing.INTERLEAVED,),
+        kv=KvSupport.from_proto(
+            kv_block_pb2.KvSupport(
+                format_major=1,
+                format_minor=1,
+                semantic_hash="01" * 32,
+                semantics=kv_block_pb2.KvSemantics(
+                    model_fingerprint="ef" * 32,
+                    layers=6,
+                    kv_heads=2,
+                    head_dim=64,
+                    rope_theta=1e6,
+                    rope_scaling_hash="cd" * 32,
+                    qk_norm=True,
+                    rotation_id=1,
+                ),
+                k_codecs=[CodecSpec(KvCodecId.INT4).to_proto()],
+                v_codecs=[CodecSpec(KvCodecId.BF16).to_proto()],
+                page_tokens=[64],
+                rope_pairings=[kv_block_pb2.KV_ROPE_PAIRING_INTERLEAVED],
+                k_offsets=True,
+                extensions=[7],
+            )
+        ),
     )
 
 

@@ -55,6 +55,7 @@ def test_exports() -> None:
         "semantic_hash",
         "split_blocks",
         "split_frames",
+        "transcode",
         "validate_block",
         "validate_manifest",
     }

@@ -7,36 +7,40 @@ from collections.abc import AsyncIterator, Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from hma_serve.core.errors import DeadlineExceeded, FailedPrecondition, HmaError, Internal, NotFound, Unavailable
 from hma_serve.internal.v1.prefill_engine_pb2 import PrefillLayerDone
 from hma_serve.ipc import Arena
-from hma_serve.kvblock import build_manifest, codec
+from hma_serve.kvblock import build_manifest, codec, codec_for
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.push_stream import Patience
 from hma_serve.prefill.streamer import Destination, Streamer, Transfers
 from hma_serve.rpc import ChannelCache
 from hma_serve.v1 import common_pb2, kv_transfer_pb2
-from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KvManifest, KvRope
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KvAgreement, KvManifest, KvRope
 from support.push_receiver import Behaviour, PushReceiver
 from support.tcp_proxy import TcpProxy
 
 HEADS, HEAD_DIM, LAYERS, TOKENS = 2, 32, 3, 128
 UNIT = 32 * HEAD_DIM * 4
 LAYOUT = KvLayout(LAYERS, HEADS, (UNIT, UNIT))
+F32, BF16 = codec("f32"), codec("bf16")
 TICKET = bytes(range(16))
 STALL = 0.3
 PATIENT = 30.0
 
 
-def manifest(token_start: int, token_count: int) -> KvManifest:
+def manifest(token_start: int, token_count: int, agreement: KvAgreement | None) -> KvManifest:
+    agreed = agreement or KvAgreement(k_codec=F32.spec(), v_codec=F32.spec())
     return build_manifest(
         model_fingerprint="ab" * 32,
         layers=LAYERS,
         kv_heads=HEADS,
         head_dim=HEAD_DIM,
-        k_codec=codec("f32"),
+        k_codec=codec_for(agreed.k_codec),
+        v_codec=codec_for(agreed.v_codec),
         token_start=token_start,
         token_count=token_count,
         rope=KvRope(pairing=KV_ROPE_PAIRING_HALF_SPLIT, theta=1e4),
@@ -88,14 +92,22 @@ class Sender:
         self.guard = Guard(PATIENT)
 
     def streamer(
-        self, *, stall: float = PATIENT, resume: float = 0.0, token_start: int = 0, ticket: bytes = TICKET
+        self,
+        *,
+        stall: float = PATIENT,
+        resume: float = 0.0,
+        token_start: int = 0,
+        ticket: bytes = TICKET,
+        agreement: KvAgreement | None = None,
     ) -> Streamer:
-        transfers = Transfers(self.channels, self.arena, LAYOUT, manifest, Patience(stall, resume), self.ranks)
+        patience = Patience(stall, resume)
+        transfers = Transfers(self.channels, self.arena, LAYOUT, (F32, F32), manifest, patience, self.ranks)
         return Streamer(
             transfers,
             Destination(self.address, ticket, 4),
             token_start=token_start,
             token_count=TOKENS - token_start,
+            agreement=agreement,
             guard=self.guard,
             trace=common_pb2.TraceContext(),
         )
@@ -142,6 +154,26 @@ async def test_each_rank_s_heads_leave_as_blocks_of_their_own(
     check_arrived(receiver, arena)
     assert receiver.streams[0].blocks == 2 * LAYERS * HEADS
     assert set(receiver.streams[0].sizes) == {LAYOUT.layer_bytes(TOKENS) // (2 * HEADS)}
+
+
+async def test_what_was_agreed_is_packed_again_on_its_way_out(
+    sender: Sender, receiver: PushReceiver, arena: Arena
+) -> None:
+    before = [bytes(arena.slot(layer)) for layer in range(LAYERS)]
+    agreed = KvAgreement(k_codec=F32.spec(), v_codec=BF16.spec())
+    async with sender.streamer(agreement=agreed) as streamer:
+        for layer in range(LAYERS):
+            await streamer.send_layer(layer_done(layer))
+        await streamer.commit()
+    assert streamer.sent_bytes == LAYERS * LAYOUT.layer_bytes(TOKENS) * 3 // 4
+    assert [bytes(arena.slot(layer)) for layer in range(LAYERS)] == before
+    (stream,) = receiver.streams
+    assert stream.committed
+    for layer in range(LAYERS):
+        keys, values = np.frombuffer(arena.slot(layer), "<f4").reshape(2, HEADS, TOKENS, HEAD_DIM)
+        np.testing.assert_array_equal(stream.decoded(layer, ROLES[0]), keys)
+        rounded = torch.from_numpy(values.copy()).bfloat16().float().numpy()
+        np.testing.assert_array_equal(stream.decoded(layer, ROLES[1]), rounded)
 
 
 @pytest.mark.parametrize("window", [UNIT, 3 * UNIT + 1])

@@ -5,18 +5,21 @@ from typing import Any
 
 import pytest
 
-from hma_serve.core.worker import CodecSpec, KvCodecId, KvRopePairing, RopeSpec, WorkerRole, WorkerState
+from hma_serve.core.cost_model import TransferCost
+from hma_serve.core.worker import CodecSpec, KvCodecId, KvRopePairing, KvSupport, RopeSpec, WorkerRole, WorkerState
+from hma_serve.kvblock import codec, describe_support
 from hma_serve.router.fleet import Fleet, Load, Share, WorkerView
+from hma_serve.router.pairing import compatible, difference, fallbacks
 from hma_serve.router.placement import (
     RECOVERY_SECONDS,
     Demand,
     Placement,
     Reject,
     Why,
-    compatible,
     place,
 )
 from hma_serve.router.prediction import STALE_SECONDS
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED, KvSemantics
 from support.fake_workers import WINDOW, fake_worker
 
 NOW = 1000.0
@@ -133,8 +136,8 @@ def test_k_offsets_must_agree_too() -> None:
         ({"fingerprint": "0" * 64}, None, "model fingerprint"),
         ({"kv_fingerprint": "0" * 64}, None, "K offsets"),
         ({"rope": RopeSpec(KvRopePairing.INTERLEAVED, 1e4)}, None, "RoPE pairing"),
-        ({}, (CodecSpec(KvCodecId.NVFP4),), "codec nvfp4"),
-        ({}, (), "codec"),
+        ({}, (CodecSpec(KvCodecId.NVFP4),), "K codec nvfp4"),
+        ({}, (), "K codec"),
     ],
 )
 def test_a_pair_that_cannot_be_says_what_it_differs_in(
@@ -146,6 +149,80 @@ def test_a_pair_that_cannot_be_says_what_it_differs_in(
     outcome = place(LONG, Fleet((replace(odd, info=info),), (decode(),)), NOW, local_prefill=False)
     assert isinstance(outcome, Reject)
     assert outcome.message.endswith(f": they differ in their {named}")
+
+
+def stating(view: WorkerView, *codecs: str, **semantics: Any) -> WorkerView:
+    """With a record that states what KV it sends or reads."""
+    stated: dict[str, Any] = {"model_fingerprint": "f" * 64, "layers": 1, "rope_theta": 1e4}
+    meaning = KvSemantics(**(stated | semantics))
+    listed = [codec(name) for name in codecs]
+    pairings = [KV_ROPE_PAIRING_HALF_SPLIT]
+    said = describe_support(meaning, k_codecs=listed, v_codecs=listed, rope_pairings=pairings)
+    return replace(view, info=replace(view.info, kv=KvSupport.from_proto(said)))
+
+
+def test_bf16_is_the_fallback_of_a_prefill_that_can_send_it() -> None:
+    reads = stating(decode(), "f32")  # and BF16, as all do
+    both, native = (stating(prefill(), *names).info for names in (("tt_bfp8_b", "bf16"), ("tt_bfp8_b",)))
+    assert difference(both, reads.info) is None
+    assert fallbacks(both, reads.info) == 2
+    assert difference(native, reads.info) == "K codec tt_bfp8_b"
+    assert fallbacks(both, stating(decode(), "int4", "tt_bfp8_b").info) == 0
+
+
+def test_an_older_decode_gets_no_fallback_and_is_paired_by_what_its_record_lists() -> None:
+    old = decode(info={"codecs": (KvCodecId.F32, KvCodecId.BF16)}).info
+    sender = stating(prefill(info={"codecs": (KvCodecId.TT_BFP8_B,)}), "tt_bfp8_b", "bf16").info
+    assert difference(sender, old) == "K codec tt_bfp8_b"
+    assert compatible(replace(sender, codecs=(CodecSpec(KvCodecId.F32),)), old)
+
+
+@pytest.mark.parametrize(
+    ("semantics", "fields", "named"),
+    [
+        ({"qk_norm": True}, {}, "semantics.qk_norm"),
+        ({"rotation_id": 3}, {}, "semantics.rotation_id"),
+        ({}, {"page_tokens": [64]}, "page sizes"),
+        ({}, {"rope_pairings": [KV_ROPE_PAIRING_INTERLEAVED]}, "RoPE pairing"),
+    ],
+)
+def test_the_field_that_keeps_a_stated_pair_apart_is_named(
+    semantics: dict[str, Any], fields: dict[str, list[int]], named: str
+) -> None:
+    odd, reads = stating(prefill(), "bf16", **semantics), stating(decode(), "bf16")
+    assert odd.info.kv is not None
+    said = odd.info.kv.to_proto()
+    for name, values in fields.items():
+        del getattr(said, name)[:]
+        getattr(said, name).extend(values)
+    odd = replace(odd, info=replace(odd.info, kv=KvSupport.from_proto(said)))
+    outcome = place(LONG, Fleet((odd,), (reads,)), NOW, local_prefill=False)
+    assert isinstance(outcome, Reject)
+    assert outcome.message.endswith(f": they differ in their {named}")
+
+
+def test_a_native_pair_is_preferred_until_its_decode_is_much_fuller() -> None:
+    sender = stating(prefill(), "tt_bfp8_b", "bf16")
+
+    def taken(running: int) -> str:
+        native = stating(decode("native", placed=1, load=Load(running=running)), "tt_bfp8_b")
+        return chosen(place(LONG, Fleet((sender,), (stating(decode("bf16"), "f32"), native)), NOW))[0]
+
+    assert [taken(running) for running in (0, 1, 3)] == ["native", "native", "bf16"]
+
+
+def test_bytes_on_the_wire_enter_the_prediction() -> None:
+    transfer = TransferCost(bytes_per_token=34, bytes_per_second=1000.0, layers=1)
+    sender = stating(prefill(load=Load(transfer=transfer)), "tt_bfp8_b", "bf16")
+
+    def ttft(codec: str) -> float:
+        outcome = place(LONG, Fleet((sender,), (stating(decode(), codec),)), NOW)
+        assert isinstance(outcome, Placement)
+        return outcome.prediction.ttft
+
+    # The fake model has one layer with one head of 16 channels: 64 bytes a token as BF16.
+    assert ttft("tt_bfp8_b") == pytest.approx(96 * 34 / 1000)
+    assert ttft("f32") == pytest.approx(96 * 64 / 1000)
 
 
 def test_a_busier_decode_is_taken_when_only_it_has_a_partner() -> None:

@@ -173,6 +173,43 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KvSupport:
+    """What a worker can send or read of packed KV, as far as placement compares it; lists in order of preference.
+
+    Attributes:
+        semantic_hash: Of what both sides must agree in.
+        k_codecs: Of keys.
+        v_codecs: Of values.
+        page_tokens: Sizes of pages.
+        rope_pairings: Orders of the keys' channels.
+        message: The serialised message, for the partner: it may hold what only a newer version knows.
+    """
+
+    semantic_hash: str
+    k_codecs: tuple[CodecSpec, ...]
+    v_codecs: tuple[CodecSpec, ...]
+    page_tokens: tuple[int, ...]
+    rope_pairings: tuple[KvRopePairing, ...]
+    message: bytes = field(repr=False)
+
+    @classmethod
+    def from_proto(cls, message: kv_block_pb2.KvSupport) -> KvSupport:
+        """The dataclass of a message."""
+        return cls(
+            semantic_hash=message.semantic_hash,
+            k_codecs=tuple(CodecSpec.from_proto(codec) for codec in message.k_codecs),
+            v_codecs=tuple(CodecSpec.from_proto(codec) for codec in message.v_codecs),
+            page_tokens=tuple(message.page_tokens),
+            rope_pairings=tuple(KvRopePairing(pairing) for pairing in message.rope_pairings),
+            message=message.SerializeToString(deterministic=True),
+        )
+
+    def to_proto(self) -> kv_block_pb2.KvSupport:
+        """The message, as it came."""
+        return kv_block_pb2.KvSupport.FromString(self.message)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a worker computes.
 
@@ -319,6 +356,7 @@ class WorkerInfo:
         profile: Prefill: what computes and packs, for example "tt_bfp8".
         http_address: host:port of /metrics, /live and /ready.
         rope_pairings: Decode: channel orders of K that are read besides that of the model's RoPE.
+        kv: All that it can send or read; None: an older record, which states `codecs` and `rope_pairings` alone.
     """
 
     instance: str
@@ -333,6 +371,7 @@ class WorkerInfo:
     profile: str = ""
     http_address: str = ""
     rope_pairings: tuple[KvRopePairing, ...] = ()
+    kv: KvSupport | None = None
 
     @classmethod
     def from_proto(cls, message: worker_pb2.WorkerInfo) -> WorkerInfo:
@@ -350,6 +389,7 @@ class WorkerInfo:
             profile=message.profile,
             http_address=message.http_address,
             rope_pairings=tuple(KvRopePairing(pairing) for pairing in message.rope_pairings),
+            kv=KvSupport.from_proto(message.kv) if message.HasField("kv") else None,
         )
 
     def to_proto(self) -> worker_pb2.WorkerInfo:
@@ -367,6 +407,7 @@ class WorkerInfo:
             profile=self.profile,
             http_address=self.http_address,
             rope_pairings=[kv_block_pb2.KvRopePairing.ValueType(pairing) for pairing in self.rope_pairings],
+            kv=None if self.kv is None else self.kv.to_proto(),
         )
 
 

@@ -33,6 +33,7 @@ from hma_serve.kvblock.pairing import Acceptance, check_offer, check_plan
 from hma_serve.kvblock.rope import channel_order
 from hma_serve.kvblock.split import Rectangle, split_blocks
 from hma_serve.kvblock.stream import StreamReader, StreamWriter
+from hma_serve.kvblock.transcode import transcode
 
 __all__ = [
     "BEST_PAYLOAD_BYTES",
@@ -76,6 +77,7 @@ __all__ = [
     "semantic_hash",
     "split_blocks",
     "split_frames",
+    "transcode",
     "validate_block",
     "validate_manifest",
 ]

@@ -37,7 +37,7 @@ from hma_serve.v1.kv_block_pb2 import KV_TOKEN_ORDER_ASCENDING
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from hma_serve.kvblock.codecs import Section
+    from hma_serve.kvblock.codecs import Codec, Section
     from hma_serve.v1.kv_block_pb2 import KvBlockHeader, KvRole
 
 
@@ -95,17 +95,18 @@ class Block:
         return units[0] if len(units) == 1 else np.concatenate(units, axis=-1)
 
 
-def to_sections(role_plan: RolePlan, units: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def to_sections(codec: Codec, head_dim: int, units: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The payload of page units: the inverse of `Block.groups`.
 
     Args:
-        role_plan: Of the layer and role.
+        codec: Of the units.
+        head_dim: Channels of a head.
         units: uint8 [heads, groups, group_bytes].
 
     Returns:
         `units` itself if the codec has one section, else uint8 [bytes], section after section.
     """
-    sections = role_plan.codec.section_units(role_plan.head_dim)
+    sections = codec.section_units(head_dim)
     if len(sections) == 1:
         return units
     ends = np.cumsum([unit_bytes for _, unit_bytes in sections])

@@ -86,7 +86,7 @@ class StreamWriter:
             raise ValueError(f"packed must be uint8 [heads, groups, {role_plan.group_bytes}], not {packed.shape}")
         parts = list(split_blocks(packed.shape[0], packed.shape[1], role_plan.group_bytes, max_payload))
         for part in parts:
-            payload = to_sections(role_plan, part.of(packed))
+            payload = to_sections(role_plan.codec, role_plan.head_dim, part.of(packed))
             header = self._header(role_plan, part, payload, token_start, head_start)
             header.last = last and part is parts[-1]
             self.sent += 1

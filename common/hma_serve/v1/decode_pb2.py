@@ -27,7 +27,7 @@ from hma_serve.v1 import common_pb2 as hma__serve_dot_v1_dot_common__pb2
 from hma_serve.v1 import kv_block_pb2 as hma__serve_dot_v1_dot_kv__block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hma_serve/v1/decode.proto\x12\x0chma_serve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19hma_serve/v1/common.proto\x1a\x1bhma_serve/v1/kv_block.proto\"\x94\x02\n\x15\x44\x65\x63odeGenerateRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.hma_serve.v1.RequestContext\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x03 \x03(\r\x12\x15\n\rpacked_tokens\x18\x04 \x01(\r\x12$\n\x05offer\x18\x05 \x01(\x0b\x32\x15.hma_serve.v1.KvOffer\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.hma_serve.v1.SamplingParams\x12*\n\x04stop\x18\x07 \x01(\x0b\x32\x1c.hma_serve.v1.StopConditions\"\x8d\x02\n\x07KvOffer\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12*\n\x07k_codec\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.KvCodecSpec\x12*\n\x07v_codec\x18\x03 \x01(\x0b\x32\x19.hma_serve.v1.KvCodecSpec\x12\"\n\x04rope\x18\x04 \x01(\x0b\x32\x14.hma_serve.v1.KvRope\x12\x19\n\x11producer_instance\x18\x05 \x01(\t\x12,\n\tsemantics\x18\x06 \x01(\x0b\x32\x19.hma_serve.v1.KvSemantics\x12\x11\n\tk_offsets\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\"\xd9\x01\n\x16\x44\x65\x63odeGenerateResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.hma_serve.v1.TicketH\x00\x12.\n\x07started\x18\x02 \x01(\x0b\x32\x1b.hma_serve.v1.DecodeStartedH\x00\x12,\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.hma_serve.v1.DecodeTokensH\x00\x12\x30\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1c.hma_serve.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"~\n\x06Ticket\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x14\n\x0cpush_address\x18\x03 \x01(\t\x12\x16\n\x0epresent_tokens\x18\x04 \x01(\r\x12(\n\x05lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"%\n\rDecodeStarted\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\"P\n\x0c\x44\x65\x63odeTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1b.hma_serve.v1.TokenLogprobs\"\x8e\x01\n\x0e\x44\x65\x63odeFinished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.hma_serve.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.hma_serve.v1.UsageB\x10\n\x0e_stop_token_id\"-\n\rExtendRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\":\n\x0e\x45xtendResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\".\n\x0eReleaseRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\x11\n\x0fReleaseResponse2\xee\x01\n\x06\x44\x65\x63ode\x12W\n\x08Generate\x12#.hma_serve.v1.DecodeGenerateRequest\x1a$.hma_serve.v1.DecodeGenerateResponse0\x01\x12\x43\n\x06\x45xtend\x12\x1b.hma_serve.v1.ExtendRequest\x1a\x1c.hma_serve.v1.ExtendResponse\x12\x46\n\x07Release\x12\x1c.hma_serve.v1.ReleaseRequest\x1a\x1d.hma_serve.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hma_serve/v1/decode.proto\x12\x0chma_serve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19hma_serve/v1/common.proto\x1a\x1bhma_serve/v1/kv_block.proto\"\x94\x02\n\x15\x44\x65\x63odeGenerateRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.hma_serve.v1.RequestContext\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x19\n\x11\x65mitted_token_ids\x18\x03 \x03(\r\x12\x15\n\rpacked_tokens\x18\x04 \x01(\r\x12$\n\x05offer\x18\x05 \x01(\x0b\x32\x15.hma_serve.v1.KvOffer\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.hma_serve.v1.SamplingParams\x12*\n\x04stop\x18\x07 \x01(\x0b\x32\x1c.hma_serve.v1.StopConditions\"\xb7\x02\n\x07KvOffer\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12*\n\x07k_codec\x18\x02 \x01(\x0b\x32\x19.hma_serve.v1.KvCodecSpec\x12*\n\x07v_codec\x18\x03 \x01(\x0b\x32\x19.hma_serve.v1.KvCodecSpec\x12\"\n\x04rope\x18\x04 \x01(\x0b\x32\x14.hma_serve.v1.KvRope\x12\x19\n\x11producer_instance\x18\x05 \x01(\t\x12,\n\tsemantics\x18\x06 \x01(\x0b\x32\x19.hma_serve.v1.KvSemantics\x12\x11\n\tk_offsets\x18\x07 \x01(\x08\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12(\n\x07support\x18\t \x01(\x0b\x32\x17.hma_serve.v1.KvSupport\"\xd9\x01\n\x16\x44\x65\x63odeGenerateResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x14.hma_serve.v1.TicketH\x00\x12.\n\x07started\x18\x02 \x01(\x0b\x32\x1b.hma_serve.v1.DecodeStartedH\x00\x12,\n\x06tokens\x18\x03 \x01(\x0b\x32\x1a.hma_serve.v1.DecodeTokensH\x00\x12\x30\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1c.hma_serve.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\xac\x01\n\x06Ticket\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x14\n\x0cpush_address\x18\x03 \x01(\t\x12\x16\n\x0epresent_tokens\x18\x04 \x01(\r\x12(\n\x05lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tagreement\x18\x06 \x01(\x0b\x32\x19.hma_serve.v1.KvAgreement\"%\n\rDecodeStarted\x12\x14\n\x0cwait_seconds\x18\x01 \x01(\x01\"P\n\x0c\x44\x65\x63odeTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1b.hma_serve.v1.TokenLogprobs\"\x8e\x01\n\x0e\x44\x65\x63odeFinished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.hma_serve.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.hma_serve.v1.UsageB\x10\n\x0e_stop_token_id\"-\n\rExtendRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\":\n\x0e\x45xtendResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\".\n\x0eReleaseRequest\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\"\x11\n\x0fReleaseResponse2\xee\x01\n\x06\x44\x65\x63ode\x12W\n\x08Generate\x12#.hma_serve.v1.DecodeGenerateRequest\x1a$.hma_serve.v1.DecodeGenerateResponse0\x01\x12\x43\n\x06\x45xtend\x12\x1b.hma_serve.v1.ExtendRequest\x1a\x1c.hma_serve.v1.ExtendResponse\x12\x46\n\x07Release\x12\x1c.hma_serve.v1.ReleaseRequest\x1a\x1d.hma_serve.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,25 +37,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEGENERATEREQUEST']._serialized_start=132
   _globals['_DECODEGENERATEREQUEST']._serialized_end=408
   _globals['_KVOFFER']._serialized_start=411
-  _globals['_KVOFFER']._serialized_end=680
-  _globals['_DECODEGENERATERESPONSE']._serialized_start=683
-  _globals['_DECODEGENERATERESPONSE']._serialized_end=900
-  _globals['_TICKET']._serialized_start=902
-  _globals['_TICKET']._serialized_end=1028
-  _globals['_DECODESTARTED']._serialized_start=1030
-  _globals['_DECODESTARTED']._serialized_end=1067
-  _globals['_DECODETOKENS']._serialized_start=1069
-  _globals['_DECODETOKENS']._serialized_end=1149
-  _globals['_DECODEFINISHED']._serialized_start=1152
-  _globals['_DECODEFINISHED']._serialized_end=1294
-  _globals['_EXTENDREQUEST']._serialized_start=1296
-  _globals['_EXTENDREQUEST']._serialized_end=1341
-  _globals['_EXTENDRESPONSE']._serialized_start=1343
-  _globals['_EXTENDRESPONSE']._serialized_end=1401
-  _globals['_RELEASEREQUEST']._serialized_start=1403
-  _globals['_RELEASEREQUEST']._serialized_end=1449
-  _globals['_RELEASERESPONSE']._serialized_start=1451
-  _globals['_RELEASERESPONSE']._serialized_end=1468
-  _globals['_DECODE']._serialized_start=1471
-  _globals['_DECODE']._serialized_end=1709
+  _globals['_KVOFFER']._serialized_end=722
+  _globals['_DECODEGENERATERESPONSE']._serialized_start=725
+  _globals['_DECODEGENERATERESPONSE']._serialized_end=942
+  _globals['_TICKET']._serialized_start=945
+  _globals['_TICKET']._serialized_end=1117
+  _globals['_DECODESTARTED']._serialized_start=1119
+  _globals['_DECODESTARTED']._serialized_end=1156
+  _globals['_DECODETOKENS']._serialized_start=1158
+  _globals['_DECODETOKENS']._serialized_end=1238
+  _globals['_DECODEFINISHED']._serialized_start=1241
+  _globals['_DECODEFINISHED']._serialized_end=1383
+  _globals['_EXTENDREQUEST']._serialized_start=1385
+  _globals['_EXTENDREQUEST']._serialized_end=1430
+  _globals['_EXTENDRESPONSE']._serialized_start=1432
+  _globals['_EXTENDRESPONSE']._serialized_end=1490
+  _globals['_RELEASEREQUEST']._serialized_start=1492
+  _globals['_RELEASEREQUEST']._serialized_end=1538
+  _globals['_RELEASERESPONSE']._serialized_start=1540
+  _globals['_RELEASERESPONSE']._serialized_end=1557
+  _globals['_DECODE']._serialized_start=1560
+  _globals['_DECODE']._serialized_end=1798
 # @@protoc_insertion_point(module_scope)

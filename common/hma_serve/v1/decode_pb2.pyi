@@ -85,6 +85,7 @@ class KvOffer(_message.Message):
     SEMANTICS_FIELD_NUMBER: _builtins.int
     K_OFFSETS_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    SUPPORT_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     producer_instance: _builtins.str
     k_offsets: _builtins.bool
@@ -101,6 +102,12 @@ class KvOffer(_message.Message):
     def semantics(self) -> _kv_block_pb2.KvSemantics:
         """If set, what the producer's manifest will say of these, so that a wrong pair is refused before pages are held."""
 
+    @_builtins.property
+    def support(self) -> _kv_block_pb2.KvSupport:
+        """Everything that the producer can send. If set, decode chooses from it and compares its meaning, whatever the fields
+        that it repeats say; unset, the producer sends k_codec and v_codec.
+        """
+
     def __init__(
         self,
         *,
@@ -112,10 +119,11 @@ class KvOffer(_message.Message):
         semantics: _kv_block_pb2.KvSemantics | None = ...,
         k_offsets: _builtins.bool = ...,
         profile: _builtins.str = ...,
+        support: _kv_block_pb2.KvSupport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "rope", b"rope", "semantics", b"semantics", "support", b"support", "v_codec", b"v_codec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "k_offsets", b"k_offsets", "model_fingerprint", b"model_fingerprint", "producer_instance", b"producer_instance", "profile", b"profile", "rope", b"rope", "semantics", b"semantics", "v_codec", b"v_codec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["k_codec", b"k_codec", "k_offsets", b"k_offsets", "model_fingerprint", b"model_fingerprint", "producer_instance", b"producer_instance", "profile", b"profile", "rope", b"rope", "semantics", b"semantics", "support", b"support", "v_codec", b"v_codec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +174,7 @@ class Ticket(_message.Message):
     PUSH_ADDRESS_FIELD_NUMBER: _builtins.int
     PRESENT_TOKENS_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
     nonce: _builtins.bytes
     """16 random bytes: unguessable, bound to this stream."""
     epoch: _builtins.int
@@ -175,6 +184,10 @@ class Ticket(_message.Message):
     """Packed prompt tokens already in pages here; prefill need not send them."""
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def agreement(self) -> _kv_block_pb2.KvAgreement:
+        """What the producer is to send. Unset when there is no prefill leg."""
+
     def __init__(
         self,
         *,
@@ -183,10 +196,11 @@ class Ticket(_message.Message):
         push_address: _builtins.str = ...,
         present_tokens: _builtins.int = ...,
         lease: _duration_pb2.Duration | None = ...,
+        agreement: _kv_block_pb2.KvAgreement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease", b"lease", "nonce", b"nonce", "present_tokens", b"present_tokens", "push_address", b"push_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "epoch", b"epoch", "lease", b"lease", "nonce", b"nonce", "present_tokens", b"present_tokens", "push_address", b"push_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

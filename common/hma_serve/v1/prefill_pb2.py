@@ -23,25 +23,26 @@ _sym_db = _symbol_database.Default()
 
 
 from hma_serve.v1 import common_pb2 as hma__serve_dot_v1_dot_common__pb2
+from hma_serve.v1 import kv_block_pb2 as hma__serve_dot_v1_dot_kv__block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahma_serve/v1/prefill.proto\x12\x0chma_serve.v1\x1a\x19hma_serve/v1/common.proto\"\x8f\x01\n\x0ePrefillRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.hma_serve.v1.RequestContext\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x04 \x01(\t\x12\x13\n\x0btoken_start\x18\x05 \x01(\r\"\xb5\x01\n\x0fPrefillResponse\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.hma_serve.v1.PrefillAcceptedH\x00\x12\x31\n\x08progress\x18\x02 \x01(\x0b\x32\x1d.hma_serve.v1.PrefillProgressH\x00\x12\x33\n\tcompleted\x18\x03 \x01(\x0b\x32\x1e.hma_serve.v1.PrefillCompletedH\x00\x42\x07\n\x05\x65vent\":\n\x0fPrefillAccepted\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\"*\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\"\xab\x01\n\x10PrefillCompleted\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x05 \x01(\x01\x12 \n\x18\x65xposed_transfer_seconds\x18\x06 \x01(\x01\x32S\n\x07Prefill\x12H\n\x07Prefill\x12\x1c.hma_serve.v1.PrefillRequest\x1a\x1d.hma_serve.v1.PrefillResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahma_serve/v1/prefill.proto\x12\x0chma_serve.v1\x1a\x19hma_serve/v1/common.proto\x1a\x1bhma_serve/v1/kv_block.proto\"\xbd\x01\n\x0ePrefillRequest\x12-\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x1c.hma_serve.v1.RequestContext\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x04 \x01(\t\x12\x13\n\x0btoken_start\x18\x05 \x01(\r\x12,\n\tagreement\x18\x06 \x01(\x0b\x32\x19.hma_serve.v1.KvAgreement\"\xb5\x01\n\x0fPrefillResponse\x12\x31\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1d.hma_serve.v1.PrefillAcceptedH\x00\x12\x31\n\x08progress\x18\x02 \x01(\x0b\x32\x1d.hma_serve.v1.PrefillProgressH\x00\x12\x33\n\tcompleted\x18\x03 \x01(\x0b\x32\x1e.hma_serve.v1.PrefillCompletedH\x00\x42\x07\n\x05\x65vent\":\n\x0fPrefillAccepted\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\"*\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\"\xab\x01\n\x10PrefillCompleted\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x15\n\rqueue_seconds\x18\x04 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x05 \x01(\x01\x12 \n\x18\x65xposed_transfer_seconds\x18\x06 \x01(\x01\x32S\n\x07Prefill\x12H\n\x07Prefill\x12\x1c.hma_serve.v1.PrefillRequest\x1a\x1d.hma_serve.v1.PrefillResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hma_serve.v1.prefill_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PREFILLREQUEST']._serialized_start=72
-  _globals['_PREFILLREQUEST']._serialized_end=215
-  _globals['_PREFILLRESPONSE']._serialized_start=218
-  _globals['_PREFILLRESPONSE']._serialized_end=399
-  _globals['_PREFILLACCEPTED']._serialized_start=401
-  _globals['_PREFILLACCEPTED']._serialized_end=459
-  _globals['_PREFILLPROGRESS']._serialized_start=461
-  _globals['_PREFILLPROGRESS']._serialized_end=503
-  _globals['_PREFILLCOMPLETED']._serialized_start=506
-  _globals['_PREFILLCOMPLETED']._serialized_end=677
-  _globals['_PREFILL']._serialized_start=679
-  _globals['_PREFILL']._serialized_end=762
+  _globals['_PREFILLREQUEST']._serialized_start=101
+  _globals['_PREFILLREQUEST']._serialized_end=290
+  _globals['_PREFILLRESPONSE']._serialized_start=293
+  _globals['_PREFILLRESPONSE']._serialized_end=474
+  _globals['_PREFILLACCEPTED']._serialized_start=476
+  _globals['_PREFILLACCEPTED']._serialized_end=534
+  _globals['_PREFILLPROGRESS']._serialized_start=536
+  _globals['_PREFILLPROGRESS']._serialized_end=578
+  _globals['_PREFILLCOMPLETED']._serialized_start=581
+  _globals['_PREFILLCOMPLETED']._serialized_end=752
+  _globals['_PREFILL']._serialized_start=754
+  _globals['_PREFILL']._serialized_end=837
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from hma_serve.v1 import common_pb2 as _common_pb2
+from hma_serve.v1 import kv_block_pb2 as _kv_block_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -28,6 +29,7 @@ class PrefillRequest(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     DECODE_ADDRESS_FIELD_NUMBER: _builtins.int
     TOKEN_START_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Where the KV goes."""
     decode_address: _builtins.str
@@ -39,6 +41,10 @@ class PrefillRequest(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens to compute: the prompt's first whole groups of 32, all of them."""
 
+    @_builtins.property
+    def agreement(self) -> _kv_block_pb2.KvAgreement:
+        """From the ticket, as it is. Unset: the profile's own codecs."""
+
     def __init__(
         self,
         *,
@@ -47,10 +53,11 @@ class PrefillRequest(_message.Message):
         ticket: _builtins.bytes = ...,
         decode_address: _builtins.str = ...,
         token_start: _builtins.int = ...,
+        agreement: _kv_block_pb2.KvAgreement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "decode_address", b"decode_address", "ticket", b"ticket", "token_ids", b"token_ids", "token_start", b"token_start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "context", b"context", "decode_address", b"decode_address", "ticket", b"ticket", "token_ids", b"token_ids", "token_start", b"token_start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

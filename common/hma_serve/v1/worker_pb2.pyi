@@ -77,6 +77,7 @@ class WorkerInfo(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     HTTP_ADDRESS_FIELD_NUMBER: _builtins.int
     ROPE_PAIRINGS_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     """Minted when the process starts, never used again."""
     epoch: _builtins.int
@@ -103,6 +104,10 @@ class WorkerInfo(_message.Message):
     def rope_pairings(self) -> _containers.RepeatedScalarFieldContainer[_kv_block_pb2.KvRopePairing.ValueType]:
         """Decode: channel orders of K that are read besides that of `model.rope`."""
 
+    @_builtins.property
+    def kv(self) -> _kv_block_pb2.KvSupport:
+        """Prefill: everything that it can send, its own codecs first. Decode: everything that it reads."""
+
     def __init__(
         self,
         *,
@@ -118,10 +123,11 @@ class WorkerInfo(_message.Message):
         profile: _builtins.str = ...,
         http_address: _builtins.str = ...,
         rope_pairings: _abc.Iterable[_kv_block_pb2.KvRopePairing.ValueType] | None = ...,
+        kv: _kv_block_pb2.KvSupport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "limits", b"limits", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "kv", b"kv", "limits", b"limits", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "device", b"device", "epoch", b"epoch", "http_address", b"http_address", "instance", b"instance", "limits", b"limits", "model", b"model", "profile", b"profile", "role", b"role", "rope_pairings", b"rope_pairings", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "codecs", b"codecs", "device", b"device", "epoch", b"epoch", "http_address", b"http_address", "instance", b"instance", "kv", b"kv", "limits", b"limits", "model", b"model", "profile", b"profile", "role", b"role", "rope_pairings", b"rope_pairings", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

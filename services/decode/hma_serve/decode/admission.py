@@ -16,9 +16,9 @@ from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.decode.prefix_keys import prefix_keys
 from hma_serve.internal.v1 import decode_engine_pb2
-from hma_serve.kvblock import Acceptance, KvFormatError, check_offer, codec_for
+from hma_serve.kvblock import Acceptance, KvFormatError, check_offer, codec_for, negotiate
 from hma_serve.rpc import remaining
-from hma_serve.v1 import decode_pb2
+from hma_serve.v1 import decode_pb2, kv_block_pb2
 
 
 def typed(error: KvFormatError) -> HmaError:
@@ -34,16 +34,22 @@ class Admission:
         max_model_len: Prompt plus completion, tokens.
         vocab: Tokens there are.
         acceptance: What packed KV must match.
+        support: What a producer may choose from.
         share_prefixes: Whether requests of one tenant share the pages of a common prefix.
     """
 
     max_model_len: int
     vocab: int
     acceptance: Acceptance
+    support: kv_block_pb2.KvSupport
     share_prefixes: bool = True
 
-    def check(self, request: decode_pb2.DecodeGenerateRequest) -> decode_engine_pb2.DecodeAdmit:
-        """The engine's form of a request; the stream's number is left to the client of the engine.
+    def check(
+        self, request: decode_pb2.DecodeGenerateRequest
+    ) -> tuple[decode_engine_pb2.DecodeAdmit, kv_block_pb2.KvAgreement | None]:
+        """The engine's form of a request, and what its producer is to send; None: it has none.
+
+        The stream's number is left to the client of the engine.
 
         Raises:
             HmaError: Why it can never run here; names the field.
@@ -67,13 +73,21 @@ class Admission:
             priority=request.context.priority,
         )
         admit.stop.max_tokens = max_tokens
-        if request.packed_tokens:
-            admit.k_codec, admit.v_codec = self._codecs(request)
-            admit.rope_pairing = request.offer.rope.pairing
-            if self.share_prefixes:
-                packed = request.prompt_token_ids[: request.packed_tokens]
-                admit.prefix_keys.extend(prefix_keys(request.offer, request.context.tenant, packed))
-        return admit
+        if not request.packed_tokens:
+            return admit, None
+        if not request.HasField("offer"):
+            raise InvalidArgument("packed_tokens needs an offer", field="offer")
+        try:
+            agreement = self._agree(request.offer)
+            admit.k_codec, admit.v_codec = codec_for(agreement.k_codec).name, codec_for(agreement.v_codec).name
+        except KvFormatError as exc:
+            raise typed(exc) from exc
+        admit.rope_pairing = agreement.rope_pairing
+        if self.share_prefixes:
+            packed = request.prompt_token_ids[: request.packed_tokens]
+            agreed = self._agreed_offer(request.offer, agreement)
+            admit.prefix_keys.extend(prefix_keys(agreed, request.context.tenant, packed))
+        return admit, agreement
 
     def _check_tokens(self, request: decode_pb2.DecodeGenerateRequest) -> None:
         prompt, packed = len(request.prompt_token_ids), request.packed_tokens
@@ -115,11 +129,25 @@ class Admission:
             )
         return max_tokens
 
-    def _codecs(self, request: decode_pb2.DecodeGenerateRequest) -> tuple[str, str]:
-        if not request.HasField("offer"):
-            raise InvalidArgument("packed_tokens needs an offer", field="offer")
-        try:
-            check_offer(request.offer, self.acceptance)
-            return codec_for(request.offer.k_codec).name, codec_for(request.offer.v_codec).name
-        except KvFormatError as exc:
-            raise typed(exc) from exc
+    def _agree(self, offer: decode_pb2.KvOffer) -> kv_block_pb2.KvAgreement:
+        if offer.HasField("support"):
+            return negotiate(offer.support, self.support)
+        check_offer(offer, self.acceptance)
+        return kv_block_pb2.KvAgreement(
+            k_codec=offer.k_codec,
+            v_codec=offer.v_codec,
+            page_tokens=GROUP_TOKENS,
+            rope_pairing=offer.rope.pairing,
+            k_offsets=offer.k_offsets,
+        )
+
+    def _agreed_offer(self, offer: decode_pb2.KvOffer, agreement: kv_block_pb2.KvAgreement) -> decode_pb2.KvOffer:
+        """What will come, as pages are named by: fields that the support overrules say what was agreed."""
+        agreed = decode_pb2.KvOffer(
+            model_fingerprint=self.acceptance.model_fingerprint,
+            k_codec=agreement.k_codec,
+            v_codec=agreement.v_codec,
+            profile=offer.profile,
+        )
+        agreed.rope.pairing = agreement.rope_pairing
+        return agreed

@@ -35,6 +35,7 @@ class DecodeConfig(PlaceConfig):
         device: `cpu` or `cuda`.
         dtype: Of weights and of KV that decode computes: `bfloat16` or `float32`.
         k_offsets: Table of what prefill subtracts from keys; None: nothing.
+        codecs: Names of the KV codecs to read beside BF16; None: all.
         threads: Of the engine's arithmetic.
         max_model_len: Prompt plus completion, tokens; None: the model's window.
         kv_capacity_tokens: Unquantised tokens of KV that fit; None: from the free memory.
@@ -52,6 +53,7 @@ class DecodeConfig(PlaceConfig):
     device: str
     dtype: str
     k_offsets: Path | None
+    codecs: tuple[str, ...] | None
     threads: int
     max_model_len: int | None
     kv_capacity_tokens: int | None
@@ -127,6 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", default="bfloat16", choices=list(DTYPE_BYTES), help="of weights and computed KV")
     model.add_argument(
         "--k-offsets", type=Path, metavar="FILE", help="what prefill subtracts from keys (`hma-serve kv calibrate`)"
+    )
+    model.add_argument(
+        "--codecs",
+        type=lambda names: tuple(names.split(",")),
+        metavar="NAME,...",
+        help="KV codecs to read beside bf16, to which other prefill workers then fall back; default: all",
     )
     model.add_argument("--threads", type=int, default=default_threads(), help="of the engine's arithmetic")
     model.add_argument(

@@ -21,7 +21,7 @@ from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.telemetry.metrics import DecodeMetrics
 from hma_serve.telemetry.spans import DECODE
 from hma_serve.telemetry.tracing import Attribute, SpanKind, Trace
-from hma_serve.v1 import decode_pb2, decode_pb2_grpc
+from hma_serve.v1 import decode_pb2, decode_pb2_grpc, kv_block_pb2
 
 _Context = grpc.aio.ServicerContext[decode_pb2.DecodeGenerateRequest, decode_pb2.DecodeGenerateResponse]
 
@@ -50,9 +50,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         with self._counted() as outcome, _traced(request) as spans:
             if self._load.draining:
                 raise Unavailable("this decode worker is leaving; another can take the request")
-            admit = self._admission.check(request)
+            admit, agreement = self._admission.check(request)
             with self._engine.stream(admit) as stream:
-                yield decode_pb2.DecodeGenerateResponse(ticket=self._ticket(await stream.admitted(), admit.epoch))
+                ticket = self._ticket(await stream.admitted(), admit.epoch, agreement)
+                yield decode_pb2.DecodeGenerateResponse(ticket=ticket)
                 async for output in stream.outputs():
                     for response in _responses(output):
                         self._count(response)
@@ -79,13 +80,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             await self._engine.release(request.nonce, request.epoch)
         return decode_pb2.ReleaseResponse()
 
-    def _ticket(self, admitted: decode_engine_pb2.DecodeAdmitted, epoch: int) -> decode_pb2.Ticket:
+    def _ticket(
+        self, admitted: decode_engine_pb2.DecodeAdmitted, epoch: int, agreement: kv_block_pb2.KvAgreement | None
+    ) -> decode_pb2.Ticket:
         return decode_pb2.Ticket(
             nonce=admitted.nonce,
             epoch=epoch,
             push_address=self.push_address,
             lease=_duration(admitted.lease_ns / 1e9),
             present_tokens=admitted.present_tokens,
+            agreement=agreement,
         )
 
     def _count(self, response: decode_pb2.DecodeGenerateResponse) -> None:

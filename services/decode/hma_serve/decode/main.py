@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from hma_serve.core.errors import HmaError
-from hma_serve.core.worker import DeviceInfo, KvRopePairing, WorkerInfo, WorkerLimits, WorkerRole
+from hma_serve.core.worker import DeviceInfo, KvRopePairing, KvSupport, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.decode.admission import Admission
 from hma_serve.decode.config import DTYPE_BYTES, DecodeConfig, build_parser, config_of
 from hma_serve.decode.engine_client import EngineClient
@@ -78,7 +78,9 @@ class _Worker:
         """Returns when requests can come; the task ends when the engine does."""
         config, stack = self._config, self._stack
         http_address = await self._front.open_status_port()
-        model = await asyncio.to_thread(read_served_model, config.model, config.max_model_len, config.k_offsets)
+        model = await asyncio.to_thread(
+            read_served_model, config.model, config.max_model_len, config.k_offsets, config.codecs
+        )
         arena = stack.enter_context(Arena.create(config.arena_slots, MAX_MESSAGE_BYTES))
         slots = SlotPool(config.arena_slots)
         engine, engine_end = await stack.enter_async_context(self._engine(model, arena, slots))
@@ -111,7 +113,9 @@ class _Worker:
         """Decode and KvTransfer on a server that does not listen yet."""
         config = self._config
         server = GrpcServer("decode", config.listen, SERVICES, tls=config.tls())
-        admission = Admission(model.max_model_len, model.config.vocab_size, model.acceptance, config.share_prefixes)
+        admission = Admission(
+            model.max_model_len, model.config.vocab_size, model.acceptance, model.support, config.share_prefixes
+        )
         servicer = DecodeServicer(engine, admission, self._load, self._metrics)
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server.server)
         parts = ReceiverParts(
@@ -184,6 +188,7 @@ class _Worker:
             ),
             http_address=http_address,
             rope_pairings=tuple(KvRopePairing(pairing) for pairing in model.acceptance.rope_pairings),
+            kv=KvSupport.from_proto(model.support),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
-from hma_serve.kvblock import Acceptance, Codec, KvFormatError, OffsetTable, codec, codec_names
-from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_INTERLEAVED
+from hma_serve.kvblock import Acceptance, Codec, KvFormatError, OffsetTable, codec, codec_names, describe_support
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED, KvSupport
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,17 @@ class ServedModel:
         )
 
     @property
+    def support(self) -> KvSupport:
+        """What producers may choose from."""
+        return describe_support(
+            self.acceptance.semantics,
+            k_codecs=self.codecs,
+            v_codecs=self.codecs,
+            rope_pairings=(KV_ROPE_PAIRING_HALF_SPLIT, *self.acceptance.rope_pairings),
+            k_offsets=bool(self.k_offsets),
+        )
+
+    @property
     def acceptance(self) -> Acceptance:
         """What a KV stream must match."""
         return Acceptance(
@@ -81,16 +93,22 @@ class ServedModel:
         )
 
 
-def read_served_model(model: str, max_model_len: int | None, k_offsets: Path | None = None) -> ServedModel:
+def read_served_model(
+    model: str,
+    max_model_len: int | None,
+    k_offsets: Path | None = None,
+    codecs: Sequence[str] | None = None,
+) -> ServedModel:
     """Finds a checkpoint and reads everything but its weights; BLOCKING.
 
     Args:
         model: `demo`, a directory or a Hub id.
         max_model_len: Prompt plus completion; None: the model's window.
         k_offsets: Table of what packed keys have lost; None: nothing.
+        codecs: Names of those to read beside BF16; None: all that fit the model.
 
     Raises:
-        HmaError: There is no such checkpoint, or the window is larger than the model's.
+        HmaError: There is no such checkpoint or codec, a codec does not fit, or the window is larger than the model's.
     """
     checkpoint = resolve_checkpoint(model)
     config = read_model_config(checkpoint)
@@ -107,8 +125,21 @@ def read_served_model(model: str, max_model_len: int | None, k_offsets: Path | N
         fingerprint=own,
         k_offsets=read_k_offsets(k_offsets, config, model_fingerprint=own, profile=None),
         max_model_len=max_model_len or longest,
-        codecs=tuple(known for known in map(codec, codec_names()) if _fits(known, config.head_dim)),
+        codecs=_read_here(codecs, config.head_dim),
     )
+
+
+def _read_here(names: Sequence[str] | None, head_dim: int) -> tuple[Codec, ...]:
+    """Those named, and BF16, which every decode worker reads so that every producer finds a reader."""
+    if names is None:
+        return tuple(known for known in map(codec, codec_names()) if _fits(known, head_dim))
+    try:
+        chosen = tuple(dict.fromkeys(codec(name) for name in (*names, "bf16")))
+        for known in chosen:
+            known.check_geometry(head_dim)
+    except KvFormatError as exc:
+        raise InvalidArgument(f"--codecs: {exc.message}", field="--codecs") from exc
+    return chosen
 
 
 def _fits(known: Codec, head_dim: int) -> bool:

@@ -171,6 +171,7 @@ class _Transfer:
             Destination(request.decode_address, request.ticket, request.context.epoch),
             token_start=request.token_start,
             token_count=tokens - request.token_start,
+            agreement=request.agreement if request.HasField("agreement") else None,
             guard=self._guard,
             trace=self._trace.to_message(),
         )

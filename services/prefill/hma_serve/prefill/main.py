@@ -17,7 +17,7 @@ from functools import partial
 from hma_serve.core.errors import HmaError
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
-from hma_serve.core.worker import DeviceInfo, WorkerInfo, WorkerLimits, WorkerRole
+from hma_serve.core.worker import DeviceInfo, KvSupport, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
 from hma_serve.ipc import Arena, spawn_engine
 from hma_serve.prefill.admission import Admission
@@ -126,6 +126,7 @@ class _Worker:
                 channels=channels,
                 arena=arena,
                 layout=model.layout,
+                packed_as=model.packed_as,
                 manifest=partial(model.manifest, producer=producer),
                 patience=Patience(self._config.stall_timeout, self._config.resume_timeout),
                 ranks=self._config.tp,
@@ -145,6 +146,7 @@ class _Worker:
             device=DeviceInfo(vendor=config.device, name=device, price_per_hour=config.price_per_hour),
             profile=model.profile.name,
             http_address=http_address,
+            kv=KvSupport.from_proto(model.support),
         )
 
 
@@ -154,7 +156,7 @@ def _arena(config: PrefillConfig, model: ServedModel) -> Arena:
 
 
 def _admission(config: PrefillConfig, model: ServedModel) -> Admission:
-    return Admission(model.max_tokens, model.config.vocab_size, config.max_running + config.max_waiting)
+    return Admission(model.max_tokens, model.config.vocab_size, config.max_running + config.max_waiting, model.support)
 
 
 def _kv_capacity(config: PrefillConfig, model: ServedModel) -> int:

@@ -11,7 +11,7 @@ from hma_serve.checkpoint.k_offsets import read_k_offsets
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.worker import CodecSpec, KvRopePairing, ModelInfo, RopeSpec
-from hma_serve.kvblock import Codec, OffsetTable, build_manifest, codec
+from hma_serve.kvblock import Codec, OffsetTable, build_manifest, codec, codec_for, describe_support
 from hma_serve.prefill.config import PrefillConfig
 from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import Profile, find_profile
@@ -69,14 +69,42 @@ class ServedModel:
     @property
     def codecs(self) -> tuple[CodecSpec, CodecSpec]:
         """For the registry: keys', then values'."""
-        k_spec, v_spec = (CodecSpec.from_proto(found.spec(ROUNDING)) for found in self._wire_codecs())
+        k_spec, v_spec = (CodecSpec.from_proto(found.spec(ROUNDING)) for found in self.packed_as)
         return k_spec, v_spec
 
+    @property
+    def support(self) -> kv_block_pb2.KvSupport:
+        """What decode may choose from: the profile's own codecs, or else BF16."""
+        shape, rope, fallback = self.config, self.rope, codec("bf16")
+        semantics = kv_block_pb2.KvSemantics(
+            model_fingerprint=self.k_offsets.fingerprint(self.fingerprint),
+            layers=shape.num_layers,
+            kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            rope_theta=rope.theta,
+            rope_scaling_hash=rope.scaling_hash,
+            qk_norm=True,
+        )
+        k_codec, v_codec = self.packed_as
+        return describe_support(
+            semantics,
+            k_codecs=list(dict.fromkeys((k_codec, fallback))),
+            v_codecs=list(dict.fromkeys((v_codec, fallback))),
+            rope_pairings=[rope.to_proto().pairing],
+            k_offsets=bool(self.k_offsets),
+        )
+
     def manifest(
-        self, token_start: int, token_count: int, producer: kv_block_pb2.KvProducer
+        self,
+        token_start: int,
+        token_count: int,
+        agreement: kv_block_pb2.KvAgreement | None,
+        producer: kv_block_pb2.KvProducer,
     ) -> kv_block_pb2.KvManifest:
-        """Describes a transfer of the tokens [token_start, token_start + token_count)."""
-        k_codec, v_codec = self._wire_codecs()
+        """Describes a transfer of the tokens [token_start, token_start + token_count), as agreed if anything was."""
+        k_codec, v_codec = self.packed_as
+        if agreement is not None:
+            k_codec, v_codec = codec_for(agreement.k_codec), codec_for(agreement.v_codec)
         manifest = build_manifest(
             model_fingerprint=self.k_offsets.fingerprint(self.fingerprint),
             layers=self.config.num_layers,
@@ -94,7 +122,9 @@ class ServedModel:
         manifest.k_offsets.extend(self.k_offsets.to_proto())
         return manifest
 
-    def _wire_codecs(self) -> tuple[Codec, Codec]:
+    @property
+    def packed_as(self) -> tuple[Codec, Codec]:
+        """What the engine packs keys and values in."""
         return codec(self.profile.k_codec), codec(self.profile.v_codec)
 
 

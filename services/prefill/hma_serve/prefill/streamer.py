@@ -1,22 +1,37 @@
 """Sends one request's KV to decode, layer by layer, as native bytes under the receiver's credit.
 
 A layer is never held back to fill a message: what the engine hands over leaves at once, cut into blocks of about 1 MiB.
+For a receiver that does not read the native codec, BF16 was agreed: then each layer is packed again on its way out, on
+a thread beside the loop; the engine, its cache and its slots know nothing of it.
 `send_layer` returns when gRPC has taken the layer's last byte, and only then may the slot be reused.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hma_serve.core.errors import FailedPrecondition
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.internal.v1 import prefill_engine_pb2 as engine_pb
 from hma_serve.ipc import Arena
-from hma_serve.kvblock import BEST_PAYLOAD_BYTES, HEADER_ROOM_BYTES, StreamWriter, encode_frame, validate_manifest
+from hma_serve.kvblock import (
+    BEST_PAYLOAD_BYTES,
+    HEADER_ROOM_BYTES,
+    Codec,
+    RolePlan,
+    StreamWriter,
+    encode_frame,
+    transcode,
+    validate_manifest,
+)
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.push_stream import Patience, PushStream
@@ -47,7 +62,8 @@ class Transfers:
         channels: To decodes, one per address.
         arena: Where the engine leaves layers.
         layout: How they lie there.
-        manifest: Builds the manifest of a token range (start, count).
+        packed_as: In which codecs, in the order of `ROLES`.
+        manifest: Builds the manifest of a token range (start, count) under an agreement.
         patience: Of one transfer with its receiver.
         ranks: Devices that share the heads; each one's leave as blocks of their own.
     """
@@ -55,7 +71,8 @@ class Transfers:
     channels: ChannelCache
     arena: Arena
     layout: KvLayout
-    manifest: Callable[[int, int], kv_block_pb2.KvManifest]
+    packed_as: tuple[Codec, Codec]
+    manifest: Callable[[int, int, kv_block_pb2.KvAgreement | None], kv_block_pb2.KvManifest]
     patience: Patience
     ranks: int = 1
 
@@ -68,6 +85,7 @@ class Streamer:
         destination: Where to.
         token_start: First token that travels.
         token_count: Tokens that travel.
+        agreement: What they travel as; None: as they are packed.
         guard: The request's.
         trace: Passed on.
     """
@@ -79,14 +97,15 @@ class Streamer:
         *,
         token_start: int,
         token_count: int,
+        agreement: kv_block_pb2.KvAgreement | None,
         guard: Guard,
         trace: common_pb2.TraceContext,
     ) -> None:
         self._transfers = transfers
         self._destination = destination
-        self._manifest = transfers.manifest(token_start, token_count)
-        plan = validate_manifest(self._manifest)
-        self._writer = StreamWriter(plan, destination.ticket, destination.epoch)
+        self._manifest = transfers.manifest(token_start, token_count, agreement)
+        self._plan = validate_manifest(self._manifest)
+        self._writer = StreamWriter(self._plan, destination.ticket, destination.epoch)
         self._token_end = token_start + token_count
         self._guard = guard
         self._trace = trace
@@ -127,12 +146,13 @@ class Streamer:
         sent = slice(first, first + done.token_count // GROUP_TOKENS)
         ends_stream = done.layer == layout.layers - 1 and done.token_start + done.token_count == self._token_end
         each = done.head_count // self._transfers.ranks
-        for role, packed in zip(ROLES, views, strict=True):
+        for role, packed_as, packed in zip(ROLES, self._transfers.packed_as, views, strict=True):
+            units = await self._as_agreed(self._plan.roles[done.layer, role], packed_as, packed[:, sent])
             for head in range(0, done.head_count, each):
                 blocks = self._writer.blocks(
                     done.layer,
                     role,
-                    packed[head : head + each, sent],
+                    units[head : head + each],
                     token_start=done.token_start,
                     head_start=done.head_start + head,
                     last=ends_stream and role == ROLES[-1] and head + each == done.head_count,
@@ -141,6 +161,13 @@ class Streamer:
                 for header, payload in blocks:
                     await self._stream.await_credit(payload.nbytes)
                     await self._stream.send_block(encode_frame(header, payload), payload.nbytes)
+
+    async def _as_agreed(self, agreed: RolePlan, packed_as: Codec, units: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Units [heads, groups, group bytes] as they travel."""
+        if agreed.codec is packed_as:
+            return units
+        # A copy: a cancelled request gives its slot back while the thread still reads.
+        return await asyncio.to_thread(transcode, units.copy(), packed_as, agreed.codec, agreed.head_dim)
 
     async def commit(self) -> None:
         """Ends the stream and waits until decode has committed every block."""
@@ -163,7 +190,7 @@ class Streamer:
         """
         if accepted.transport != kv_transfer_pb2.TRANSPORT_GRPC:
             raise FailedPrecondition(f"decode at {self._destination.address} chose a transport that was not offered")
-        smallest = max(self._transfers.layout.group_bytes)
+        smallest = max(role.group_bytes for role in self._plan.roles.values())
         limit = min(BEST_PAYLOAD_BYTES, accepted.max_message_bytes - HEADER_ROOM_BYTES)
         if limit < smallest:
             raise FailedPrecondition(

@@ -292,6 +292,7 @@ class Attempt:
             ticket=ticket.nonce,
             decode_address=ticket.push_address or self._placement.decode.address,
             token_start=ticket.present_tokens,
+            agreement=ticket.agreement if ticket.HasField("agreement") else None,
         )
 
     def _remaining(self) -> float:
@@ -318,7 +319,7 @@ class Attempt:
 
 
 def _offer(prefill: WorkerInfo) -> decode_pb2.KvOffer:
-    """What the prefill worker will put on the wire: one codec for K and one for V, or one for both."""
+    """What the prefill worker can put on the wire, and for an older decode worker the codecs that it has of its own."""
     return decode_pb2.KvOffer(
         model_fingerprint=prefill.model.stream_fingerprint,
         k_codec=prefill.codecs[0].to_proto(),
@@ -327,6 +328,7 @@ def _offer(prefill: WorkerInfo) -> decode_pb2.KvOffer:
         producer_instance=prefill.instance,
         k_offsets=bool(prefill.model.kv_fingerprint),
         profile=prefill.profile,
+        support=None if prefill.kv is None else prefill.kv.to_proto(),
     )
 
 

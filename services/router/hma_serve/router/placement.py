@@ -6,7 +6,8 @@ Of all pairs with room that can read each other's KV, in this order:
    first tokens came from, a worker that has gone quiet;
 2. those predicted to meet the request's objectives, or else to miss them by the least factor;
 3. the cheapest in dollars, what is within 5 % counting as equal;
-4. the one with the most headroom: below its objectives, in slots and in memory; then the one used less.
+4. the one with the most headroom: below its objectives, in slots and in memory; then one whose KV need not be sent as
+   BF16, unless it is much fuller; then the one used less.
 
 A prompt that the chosen pair would not answer sooner than decode alone goes to decode alone, if it is short
 (`local_tokens`): the crossover follows from what both measure.
@@ -22,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import product
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ from hma_serve.core.groups import packed_tokens
 from hma_serve.core.request import Slo
 from hma_serve.core.worker import WorkerInfo, WorkerState
 from hma_serve.router.fleet import Fleet, WorkerView
+from hma_serve.router.pairing import a_difference, compatible, difference, fallbacks, once_per_kind
 from hma_serve.router.prediction import (
     STALE_SECONDS,
     DecodeOutlook,
@@ -49,6 +50,8 @@ LOCAL = "(decode)"
 _EQUAL_PRICE = 1.05
 _EQUAL_MISS = 1.05
 _HEADROOM_STEPS = 20
+# A decode worker that needs a role (K, V) as BF16 counts as so much fuller than one that takes what prefill has.
+_FALLBACK_FULLNESS = 0.125
 # Workers of a role that are looked at as partners, by each of the things that can make one the best.
 _SHORTLIST = 8
 
@@ -178,38 +181,6 @@ def place(
     return best.placement
 
 
-def compatible(prefill: WorkerInfo, decode: WorkerInfo) -> bool:
-    """Whether decode can read what prefill packs: same model, K offsets and RoPE, codecs accepted."""
-    return difference(prefill, decode) is None
-
-
-def difference(prefill: WorkerInfo, decode: WorkerInfo) -> str | None:
-    """The first thing that keeps decode from reading what prefill packs; None: nothing does."""
-    made, read = prefill.model, decode.model
-    for name, ours, theirs in (
-        ("model fingerprint", made.fingerprint, read.fingerprint),
-        ("K offsets", made.stream_fingerprint, read.stream_fingerprint),
-        ("RoPE theta", made.rope.theta, read.rope.theta),
-        ("RoPE scaling", made.rope.scaling_hash, read.rope.scaling_hash),
-    ):
-        if ours != theirs:
-            return name
-    if made.rope.pairing not in (read.rope.pairing, *decode.rope_pairings):
-        return "RoPE pairing"
-    for codec in prefill.codecs:
-        if not any(codec.decodes_like(known) for known in decode.codecs):
-            return f"codec {codec.id.name.lower()}"
-    return None if prefill.codecs else "codec"
-
-
-def a_difference(prefills: Iterable[WorkerInfo], decodes: Iterable[WorkerInfo]) -> str:
-    """For people, where no pair is compatible: what the first one differs in. Empty without a pair."""
-    for prefill, decode in product(prefills, decodes):
-        if found := difference(prefill, decode):
-            return f": they differ in their {found}"
-    return ""
-
-
 # Who can serve it. ----------------------------------------------------------------------------------------------------
 
 
@@ -311,23 +282,22 @@ class _Weighing:
         return self._option(host, None, prediction)
 
     def pairs(self, makers: Sequence[PrefillOutlook], hosts: Sequence[DecodeOutlook]) -> list[_Option]:
-        """Every compatible pair. Workers of one kind are compared once."""
-        kinds: dict[tuple[object, object], bool] = {}
-        options = []
-        for maker in makers:
-            for host in hosts:
-                key = (_kind(maker.view.info), _kind(host.view.info))
-                if key not in kinds:
-                    kinds[key] = compatible(maker.view.info, host.view.info)
-                if kinds[key]:
-                    options.append(self._option(host, maker, self._prediction(maker, host)))
-        return options
+        """Every compatible pair."""
+        roles = once_per_kind(lambda maker, host: None if difference(maker, host) else fallbacks(maker, host))
+        return [
+            self._option(host, maker, self._prediction(maker, host, as_bf16), as_bf16)
+            for maker in makers
+            for host in hosts
+            if (as_bf16 := roles(maker.view.info, host.view.info)) is not None
+        ]
 
-    def _prediction(self, maker: PrefillOutlook, host: DecodeOutlook) -> Prediction:
-        ttft = self._waited + maker.seconds + host.first
+    def _prediction(self, maker: PrefillOutlook, host: DecodeOutlook, as_bf16: int) -> Prediction:
+        ttft = self._waited + maker.delivery(as_bf16) + host.first
         return Prediction(ttft, host.tpot, maker.dollars + host.dollars, maker.measured and host.measured)
 
-    def _option(self, host: DecodeOutlook, maker: PrefillOutlook | None, prediction: Prediction) -> _Option:
+    def _option(
+        self, host: DecodeOutlook, maker: PrefillOutlook | None, prediction: Prediction, as_bf16: int = 0
+    ) -> _Option:
         demand = self._demand
         used = [host.view] if maker is None else [host.view, maker.view]
         if maker is None:
@@ -340,7 +310,7 @@ class _Weighing:
             sum(self._now - view.load_at > STALE_SECONDS for view in used),
         )
         fullness = _fullness(host.view)
-        order = [fullness, float(host.view.placed)]
+        order = [fullness + as_bf16 * _FALLBACK_FULLNESS, float(host.view.placed)]
         if maker is not None:
             order.insert(0, -float(demand.cached.get(maker.view.info.instance, 0)))
             order += [float(maker.view.prefill_tokens), float(maker.view.requests), float(maker.view.placed)]
@@ -364,12 +334,8 @@ def _names(option: _Option) -> tuple[str, str]:
     return option.placement.decode.instance, prefill.instance if prefill is not None else ""
 
 
-def _kind(info: WorkerInfo) -> object:
-    return info.model.stream_fingerprint, info.model.rope, info.codecs, info.rope_pairings
-
-
 _MAKER_MERITS: tuple[Callable[[PrefillOutlook], float], ...] = (
-    lambda maker: maker.seconds,
+    lambda maker: maker.delivery(0),
     lambda maker: maker.dollars,
     lambda maker: maker.view.placed,
 )

@@ -15,10 +15,11 @@ worker costs the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hma_serve.core.cost_model import StepCost, TransferCost, attended_pairs
 from hma_serve.router.fleet import WorkerView
+from hma_serve.router.pairing import bf16_bytes_per_token
 
 STALE_SECONDS = 3.0
 """A report that is older says nothing about progress: the queue that it told of is taken for as long as ever."""
@@ -54,15 +55,29 @@ class PrefillOutlook:
 
     Attributes:
         view: The worker.
-        seconds: From now until decode has the KV.
+        queue: Seconds until it begins.
+        computing: Seconds that it computes.
+        packed: Tokens that it sends.
+        transfer: What sending them costs in its own codecs.
         dollars: Of the computation.
         measured: Its model knows anything.
     """
 
     view: WorkerView
-    seconds: float
+    queue: float
+    computing: float
+    packed: int
+    transfer: TransferCost
     dollars: float
     measured: bool
+
+    def delivery(self, as_bf16: int) -> float:
+        """Seconds from now until decode has the KV, so many of the two roles (K, V) sent as BF16."""
+        transfer = self.transfer
+        if as_bf16:
+            wider = as_bf16 * (bf16_bytes_per_token(self.view.info.model) - transfer.bytes_per_token // 2)
+            transfer = replace(transfer, bytes_per_token=transfer.bytes_per_token + wider)
+        return self.queue + self.computing + transfer.exposed(self.packed, self.computing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +165,9 @@ def prefill_outlooks(
         held = min(cached.get(view.info.instance, 0), work.packed)
         computing = cost.prompt(work.packed - held, before=held)
         transfer = view.load.transfer if view.load is not None else TransferCost()
-        seconds = _queue(view, cost, now) + computing + transfer.exposed(work.packed, computing)
-        outlooks.append(PrefillOutlook(view, seconds, computing * yardstick.price(view), cost.known))
+        dollars = computing * yardstick.price(view)
+        queue = _queue(view, cost, now)
+        outlooks.append(PrefillOutlook(view, queue, computing, work.packed, transfer, dollars, cost.known))
     return outlooks
 
 

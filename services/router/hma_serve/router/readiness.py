@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hma_serve.router.fleet import Fleet
-from hma_serve.router.placement import a_difference, compatible
+from hma_serve.router.pairing import a_difference, compatible
 
 SETTLE_SECONDS = 5.0
 """A decode worker alone makes the router ready only after so long: at start, prefill workers may still be loading."""
