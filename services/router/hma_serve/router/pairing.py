@@ -68,7 +68,8 @@ def a_difference(prefills: Iterable[WorkerInfo], decodes: Iterable[WorkerInfo]) 
 
 def kind(info: WorkerInfo) -> object:
     """Equal for workers that make the same pairs."""
-    return info.model.stream_fingerprint, info.model.rope, info.codecs, info.rope_pairings, info.kv
+    stated = (info.codecs, info.rope_pairings) if info.kv is None else info.kv.message
+    return info.model.stream_fingerprint, info.model.rope, stated
 
 
 def once_per_kind(judge: Callable[[WorkerInfo, WorkerInfo], _T]) -> Callable[[WorkerInfo, WorkerInfo], _T]:
