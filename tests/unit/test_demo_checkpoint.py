@@ -14,7 +14,7 @@ from hma_serve.model import CausalAttention, Transformer, open_weights
 from hma_serve.train_demo.evaluate import greedy
 from hma_serve.train_demo.vocabulary import load_tokenizer
 
-MAX_BYTES = 12_000_000
+MAX_BYTES = 16_000_000
 _COMMON = """
     a about again all and any are as at be been before but by came can come could day did do down eyes face few for
     from gave go good great had hand hands have he head her him his house how i if in into is it its know last life
@@ -41,10 +41,10 @@ def model(demo: Path) -> Transformer:
 def test_it_is_small_and_has_the_promised_shape(demo: Path) -> None:
     assert sum(file.stat().st_size for file in demo.iterdir()) <= MAX_BYTES
     config = read_model_config(demo)
-    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (8, 8, 4, 32)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (8, 8, 4, 64)
     assert (config.vocab_size, config.max_position_embeddings, config.dtype) == (4096, 4096, "bfloat16")
     assert config.tie_word_embeddings
-    assert 5e6 <= config.parameter_count <= 6e6
+    assert 7e6 <= config.parameter_count <= 8e6
 
 
 def test_transformers_computes_the_same_logits(demo: Path, model: Transformer) -> None:
@@ -93,7 +93,7 @@ def test_it_finds_a_fact_and_copies_a_passage_from_its_context(demo: Path, model
         found = greedy(model, tokenizer.encode(facts + "The code of window is").ids, [0] * 5)
         copied = greedy(model, passage + between + passage[:8], passage[8:])
     assert tokenizer.decode(found) == " 7205"
-    assert sum(a == b for a, b in zip(copied, passage[8:], strict=True)) >= 29
+    assert sum(a == b for a, b in zip(copied, passage[8:], strict=True)) >= 31
 
 
 def test_the_card_states_what_was_trained_and_measured(demo: Path) -> None:
@@ -102,10 +102,11 @@ def test_the_card_states_what_was_trained_and_measured(demo: Path) -> None:
     assert re.search(r"Steps: \d,\d{3} in all", card)
     assert re.search(r"held-out loss: 0\.\d{4} nats per byte", card)
     assert "license: apache-2.0" in card
-    shares = {
-        name: float(share)
-        for name, share in re.findall(r"- (?:\d+ )?([\w -]+?)(?: copied.*?| among.*?): ([\d.]+)%", card)
-    }
-    assert shares["tokens of prose"] >= 90
-    assert shares["random tokens"] >= 90
-    assert shares["look-up"] >= 80
+    copied = re.findall(r"copied from 1,000 tokens back: ([\d.]+)% right, on its own ([\d.]+)%", card)
+    assert len(copied) == 2
+    for guided, alone in copied:
+        assert float(guided) >= 95
+        assert float(alone) >= 90
+    found = re.search(r"look-up among 20 distractors: ([\d.]+)% exact", card)
+    assert found is not None
+    assert float(found[1]) >= 80
