@@ -102,11 +102,14 @@ def test_the_card_states_what_was_trained_and_measured(demo: Path) -> None:
     assert re.search(r"Steps: \d,\d{3} in all", card)
     assert re.search(r"held-out loss: 0\.\d{4} nats per byte", card)
     assert "license: apache-2.0" in card
-    copied = re.findall(r"copied from 1,000 tokens back: ([\d.]+)% right, on its own ([\d.]+)%", card)
-    assert len(copied) == 2
-    for guided, alone in copied:
-        assert float(guided) >= 95
-        assert float(alone) >= 90
+    assert f"{read_model_config(demo).parameter_count:,} parameters" in card
+    line = r"32 ([\w ]+) copied from 1,000 tokens back after a cue of (\d+): ([\d.]+)% right, on its own ([\d.]+)%"
+    copied = {(what, int(cue)): (float(guided), float(alone)) for what, cue, guided, alone in re.findall(line, card)}
+    assert copied.keys() == {("tokens of prose", 16), ("random tokens", 16), ("tokens of prose", 8)}
+    for what in ("tokens of prose", "random tokens"):
+        guided, alone = copied[what, 16]
+        assert guided >= 95
+        assert alone >= 90
     found = re.search(r"look-up among 20 distractors: ([\d.]+)% exact", card)
     assert found is not None
     assert float(found[1]) >= 80
