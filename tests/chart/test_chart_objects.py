@@ -133,21 +133,83 @@ def test_an_autoscaler_owns_the_number_of_replicas(arguments: list[str]) -> None
 
 
 @variants
-def test_policies_open_the_ports_that_are_called(arguments: list[str]) -> None:
-    """Every pod is denied by default, and each part may reach the gRPC port of those that it calls."""
+def test_policies_select_every_pod(arguments: list[str]) -> None:
     objects = template(*arguments)
-    policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(objects, "NetworkPolicy")}
-    everyone = policies["demo-hma-serve"]
+    (everyone,) = [p["spec"] for p in of_kind(objects, "NetworkPolicy") if p["metadata"]["name"] == "demo-hma-serve"]
     assert everyone["policyTypes"] == ["Ingress", "Egress"]
     assert "ingress" not in everyone
     for workload in of_kind(objects, "Deployment", "StatefulSet"):
         labels = workload["spec"]["template"]["metadata"]["labels"]
         assert everyone["podSelector"]["matchLabels"].items() <= labels.items()
-    callers = {"prefill": ["router"], "decode": ["router", "prefill"]}
-    for role, expected in callers.items():
-        (rule,) = policies[f"demo-hma-serve-{role}"]["ingress"]
-        peers = [peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for peer in rule["from"]]
-        assert peers == expected
+
+
+def test_policies_let_these_calls_pass_and_no_other() -> None:
+    """Every caller against every port, by the rules of Kubernetes; a gateway and Prometheus are in other namespaces."""
+    gateway, prometheus = ({"namespaceSelector": {"matchLabels": {"team": team}}} for team in ("gateway", "monitoring"))
+    given = [
+        f"--set-json=networkPolicy.clients={json.dumps([gateway])}",
+        f"--set-json=networkPolicy.monitoring={json.dumps([prometheus])}",
+    ]
+    objects = template(f"--values={CHART / 'examples' / 'tenstorrent-h100.yaml'}", *given)
+    policies = [policy["spec"] for policy in of_kind(objects, "NetworkPolicy")]
+    pods: dict[str, Object] = {}
+    for workload in of_kind(objects, "Deployment", "StatefulSet"):
+        pods[pod_spec(workload)["containers"][0]["name"]] = workload["spec"]["template"]
+    callers = {name: {"podSelector": pod["metadata"]["labels"]} for name, pod in pods.items()}
+    callers |= {team: {"namespaceSelector": {"team": team}} for team in ("gateway", "monitoring", "elsewhere")}
+
+    def passes(caller: str, target: str, port: int) -> bool:
+        into = _allowed(policies, "ingress", pods[target], callers[caller], port)
+        out = caller not in pods or _allowed(policies, "egress", pods[caller], callers[target], port)
+        return into and out
+
+    found = {
+        (caller, target, port["name"])
+        for caller in callers
+        for target, pod in pods.items()
+        for port in pod["spec"]["containers"][0]["ports"]
+        if passes(caller, target, port["containerPort"])
+    }
+    assert found == {
+        ("gateway", "router", "http"),
+        ("gateway", "router", "grpc"),
+        ("router", "prefill", "grpc"),
+        ("router", "decode", "grpc"),
+        ("prefill", "decode", "grpc"),
+        *((name, "etcd", "client") for name in pods),
+        ("etcd", "etcd", "peer"),
+        # Metrics: for Prometheus, and for `hma-serve top` in a router's pod.
+        *((caller, "router", "http") for caller in ("monitoring", "router")),
+        *((caller, name, "status") for caller in ("monitoring", "router") for name in ("prefill", "decode", "etcd")),
+    }
+    # Outside: name servers and the collector, nothing else.
+    outside = {port for port in (53, 80, 443, 4317, 6443) if _allowed(policies, "egress", pods["decode"], {}, port)}
+    assert outside == {53, 4317}
+
+
+def _allowed(policies: list[Object], way: str, pod: Object, peer: Object, port: int) -> bool:
+    """Whether the pod may call a peer or be called by it. A peer: its labels by the kind of selector that finds it."""
+
+    def selects(selector: Object, labels: dict[str, str]) -> bool:
+        listed = selector.get("matchExpressions", ())
+        return selector.get("matchLabels", {}).items() <= labels.items() and all(
+            labels.get(one["key"]) in one["values"] for one in listed
+        )
+
+    def matches(rule: Object) -> bool:
+        known = [
+            one
+            for kind, labels in peer.items()
+            for one in rule.get(ends, ())
+            if selects(one.get(kind, {"matchLabels": {"": ""}}), labels)
+        ]
+        return (ends not in rule or bool(known)) and ("ports" not in rule or port in [p["port"] for p in rule["ports"]])
+
+    ends = {"ingress": "from", "egress": "to"}[way]
+    bound = [
+        p for p in policies if way.title() in p["policyTypes"] and selects(p["podSelector"], pod["metadata"]["labels"])
+    ]
+    return not bound or any(matches(rule) for policy in bound for rule in policy.get(way, ()))
 
 
 def test_devices_reach_the_container() -> None:
@@ -163,6 +225,17 @@ def test_devices_reach_the_container() -> None:
     pair = containers("gaudi-mi300x.yaml")["demo-hma-serve-prefill-r9700"]
     assert pair["resources"]["limits"]["amd.com/gpu"] == 2
     assert "--tp=2" in pair["args"]
+
+
+@variants
+def test_a_pool_with_devices_computes_on_them(arguments: list[str]) -> None:
+    """Devices that nothing uses would be paid for and idle."""
+    for deployment in of_kind(template(*arguments), "Deployment"):
+        container = pod_spec(deployment)["containers"][0]
+        devices = [name for name in container["resources"]["limits"] if "/" in name]
+        devices += [claim["name"] for claim in container["resources"].get("claims", ())]
+        assert not devices or "--device=cpu" not in container["args"], deployment["metadata"]["name"]
+        assert container["name"] == "router" or any(arg.startswith("--device=") for arg in container["args"])
 
 
 def test_an_image_is_named_by_digest_before_tag() -> None:

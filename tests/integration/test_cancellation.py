@@ -297,7 +297,7 @@ async def bench(cluster: Cluster) -> AsyncIterator[Bench]:
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_client_that_leaves_in_mid_prefill_costs_one_layer(bench: Bench, client: ClientKind) -> None:
     ended = await bench.ended("prefill")
-    discarded = await bench.value("prefill", "discarded_layers")
+    discarded = await bench.value("prefill", "discarded_layers_total")
     reading = Reading(bench, client, fresh())
     await bench.mid_prefill()
     async with bench.stopped("prefill"):
@@ -310,7 +310,7 @@ async def test_a_client_that_leaves_in_mid_prefill_costs_one_layer(bench: Bench,
         sent = bench.layers()
     await bench.works()
     # The engine answers in order, so whatever it did for the request that left has been seen by now.
-    assert await bench.value("prefill", "discarded_layers") - discarded <= 1
+    assert await bench.value("prefill", "discarded_layers_total") - discarded <= 1
     assert bench.layers() - sent == 3 * LAYERS  # of the request that just worked: 192 packed tokens
     assert reading.tokens == 0
 
@@ -318,14 +318,14 @@ async def test_a_client_that_leaves_in_mid_prefill_costs_one_layer(bench: Bench,
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_client_that_leaves_before_prefill_begins_sends_no_layer(bench: Bench, client: ClientKind) -> None:
     sent = bench.layers()
-    discarded = await bench.value("prefill", "discarded_layers")
+    discarded = await bench.value("prefill", "discarded_layers_total")
     async with bench.stopped("prefill"):
         reading = Reading(bench, client, fresh())
         await eventually(bench.gauges, lambda gauges: gauges.prefill_queued_tokens > 0)
         await reading.leave()
         await bench.idle()
     await bench.works()
-    assert await bench.value("prefill", "discarded_layers") - discarded <= 1
+    assert await bench.value("prefill", "discarded_layers_total") - discarded <= 1
     assert bench.layers() - sent == 3 * LAYERS
 
 

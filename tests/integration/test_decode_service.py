@@ -152,7 +152,7 @@ async def test_requests_that_lost_computed_pages_go_on_where_they_were(checkpoin
             async with httpx.AsyncClient() as http:
                 lines = (await http.get(f"http://{made.http}/metrics")).text.splitlines()
     assert [emitted(responses) for responses in together] == alone
-    assert float(next(line for line in lines if line.startswith("hma_decode_preemptions ")).split()[1]) > 0
+    assert float(next(line for line in lines if line.startswith("hma_decode_preemptions_total ")).split()[1]) > 0
 
 
 async def test_a_migrated_request_goes_on_where_it_stopped(client: Client, checkpoint: Path) -> None:

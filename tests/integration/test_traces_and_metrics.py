@@ -129,6 +129,8 @@ def test_metrics_are_named_by_role_and_unit(cluster: Cluster, role: str) -> None
             assert name.endswith("_total")
         if kind == "histogram":
             assert name.endswith(("_seconds", "_bytes", "_tokens", "_ratio")), name
+        if kind == "gauge" and not name.startswith("vllm:") and not name.endswith("_created"):
+            assert name.endswith(("_seconds", "_tokens", "_requests", "_workers", "_registered")), name
 
 
 def test_the_names_that_other_tools_read_are_mirrored(cluster: Cluster) -> None:

@@ -1,5 +1,7 @@
 """kill -9 of a decode worker in mid-stream and of a prefill worker in mid-transfer: the client's answer goes on.
 
+So it does when a decode worker hangs instead, and nobody says that it is gone.
+
 Greedy text in fp32 on one profile must equal that of a run without faults, token for token; what survives must hold no
 page of it afterwards. Which worker, which prompt and when are drawn from seeds.
 """
@@ -7,7 +9,9 @@ page of it afterwards. Which worker, which prompt and when are drawn from seeds.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 
 from hma_serve.client import AsyncClient, Completion
 from hma_serve.core.groups import packed_tokens
@@ -16,6 +20,8 @@ from support.sample_prompts import sample_prompt
 
 NEW_TOKENS = 240
 BYSTANDERS = 2
+HANG_SECONDS = 30.0
+"""Far more than a hung worker may hold up a stream, and half of what gRPC would wait by itself."""
 LOCAL_TOKENS = 30
 """A prompt so short that no prefill worker sees it."""
 
@@ -83,6 +89,30 @@ async def test_a_prefill_killed_in_mid_transfer(fleet: ProcessFleet, trials: int
         # Before the first token it is a new attempt, not a migration.
         assert before.grown("router", 'retries_total{leg="prefill"}', 'retries_total{leg="decode"}') >= 1
         assert answer.usage.migrations == 0
+
+
+async def test_a_decode_that_hangs_in_mid_stream(fleet: ProcessFleet) -> None:
+    """Its process is stopped: connections stay open and nothing comes any more."""
+    prompt = sample_prompt(200, 300)
+    await fleet.settled(prefill=2, decode=2)
+    async with AsyncClient(fleet.routers) as client:
+        hung: Process | None = None
+        try:
+            async with asyncio.timeout(HANG_SECONDS):
+                stream = client.generate(prompt, max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
+                async for _ in stream:
+                    if hung is None:
+                        (hung,) = [worker for worker in fleet.of("decode") if worker.metric("running_requests")]
+                        os.kill(hung.process.pid, signal.SIGSTOP)
+                answer = await stream.result()
+        finally:
+            if hung is not None:
+                os.kill(hung.process.pid, signal.SIGCONT)
+        await fleet.settled(prefill=2, decode=2)
+        await fleet.idle()
+        faultless = await ask(client, prompt)
+    assert answer.token_ids == faultless.token_ids
+    assert answer.usage.migrations == 1
 
 
 class Counts:

@@ -23,6 +23,8 @@ COMMON_OPTIONS: list[tuple[str, Any]] = [
     # A stopped or vanished peer is noticed within seconds, also on an idle connection.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 4_000),
+    # Pings that measure bandwidth stand in for those of keepalive, with a limit of their own (a minute by default).
+    ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Retries are decided by the caller, who knows whether a token was sent.

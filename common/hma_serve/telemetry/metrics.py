@@ -6,12 +6,38 @@ process of its own, so unused metrics of other roles are created only by the rol
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 
 REGISTRY = CollectorRegistry(auto_describe=True)
 """The process's registry; prometheus_client's global one is left to the embedding program."""
+
+
+class KeptCounter:
+    """A counter whose value somebody else keeps, such as an engine that reports it.
+
+    Args:
+        name: Ends in `_total`.
+        text: Its help.
+        registry: Registers it.
+    """
+
+    def __init__(self, name: str, text: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._text = text
+        self._read: Callable[[], float] = float
+        registry.register(self)
+
+    def set_function(self, read: Callable[[], float]) -> None:
+        """Takes the value from there from now on; it must never fall."""
+        self._read = read
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """For the registry."""
+        yield CounterMetricFamily(self._name, self._text, value=self._read())
 
 
 # Router. --------------------------------------------------------------------------------------------------------------
@@ -121,7 +147,7 @@ class PrefillMetrics:
     queue_seconds: Histogram
     compute_seconds: Histogram
     exposed_transfer_seconds: Histogram
-    discarded_layers: Gauge
+    discarded_layers: KeptCounter
     running: Gauge
     waiting: Gauge
     queued_tokens: Gauge
@@ -150,9 +176,10 @@ def prefill_metrics(registry: CollectorRegistry = REGISTRY) -> PrefillMetrics:
         exposed_transfer_seconds=histogram(
             "exposed_transfer_seconds", "From the end of the computation until decode committed the KV."
         ),
-        discarded_layers=gauge(
-            "discarded_layers",
+        discarded_layers=KeptCounter(
+            "hma_prefill_discarded_layers_total",
             "Layers that came after their request had ended: what cancellations cost.",
+            registry,
         ),
         running=gauge("running_requests", "Requests being computed or sent."),
         waiting=gauge("waiting_requests", "Requests accepted and not started."),
@@ -180,8 +207,8 @@ class DecodeMetrics:
     kv_used_tokens: Gauge
     kv_capacity_tokens: Gauge
     step_seconds: Gauge
-    steps: Gauge
-    preemptions: Gauge
+    steps: KeptCounter
+    preemptions: KeptCounter
     registered: Gauge
     vllm_running: Gauge
     vllm_waiting: Gauge
@@ -217,8 +244,10 @@ def decode_metrics(registry: CollectorRegistry = REGISTRY) -> DecodeMetrics:
         kv_used_tokens=gauge("kv_used_tokens", "Held KV memory, in unquantised tokens."),
         kv_capacity_tokens=gauge("kv_capacity_tokens", "KV memory, in unquantised tokens."),
         step_seconds=gauge("step_seconds", "Running mean of a step's duration."),
-        steps=gauge("steps", "Steps since the start."),
-        preemptions=gauge("preemptions", "Requests that lost computed KV for want of memory, since the start."),
+        steps=KeptCounter("hma_decode_steps_total", "Steps.", registry),
+        preemptions=KeptCounter(
+            "hma_decode_preemptions_total", "Requests that lost computed KV for want of memory.", registry
+        ),
         registered=gauge("registered", "1 while routers can find this worker, else 0."),
         # The names that existing gateways and load tools read.
         vllm_running=Gauge("vllm:num_requests_running", "As hma_decode_running_requests.", registry=registry),

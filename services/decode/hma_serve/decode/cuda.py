@@ -54,7 +54,7 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
     _pin(slots)
     with open_weights(spec.checkpoint, config, device=device, dtype=torch.bfloat16, progress=spec.progress) as weights:
         offsets = None if spec.k_offsets is None else spec.k_offsets.to(device)
-        model = StepModel(config, weights, offsets)
+        model = StepModel(config, weights, offsets, ptx=torch.version.hip is None)
     pool = PagePool(
         KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
         packed_formats=[name for name in spec.codecs if packed_kind(name) is not None],

@@ -84,8 +84,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         try:
             with origin.span(spans.PREFILL, kind=SpanKind.SERVER, **attributes) as span:
                 async for response in self._serve(request, span.trace):
+                    if response.HasField("completed"):
+                        # Said first: whoever has read the end may hang up before this call sees its own.
+                        outcome = "ok"
                     yield response
-            outcome = "ok"
         except HmaError as exc:
             outcome = exc.code
             _log.info("request %s: %s", request.context.request_id, exc.message)
