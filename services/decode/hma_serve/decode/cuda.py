@@ -81,6 +81,8 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
         intake=intake,
         runner=runner,
         sampling=device,
+        # The device computes meanwhile, and storing is copies that it makes by itself.
+        arrival_share=0.8,
         overlap=True,
     )
 

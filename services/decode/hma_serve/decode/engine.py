@@ -31,6 +31,7 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.request import SamplingParams, StopConditions, Structure
+from hma_serve.decode.arrivals import Arrivals
 from hma_serve.decode.commitment import Commitment
 from hma_serve.decode.grammar import Grammar, GrammarQueue
 from hma_serve.decode.intake import Arrival, Intake, Packed
@@ -96,6 +97,7 @@ class Engine:
         grammars: Where requests for structured output wait.
         limits: What to refuse.
         arena: Where blocks arrive.
+        arrival_share: Of a step's time that storing KV may take between two steps.
         emit: Sends events to the front, in order.
         clock: Monotonic seconds.
         mint_seed: A seed for requests that bring none.
@@ -113,6 +115,7 @@ class Engine:
         grammars: GrammarQueue,
         limits: EngineLimits,
         arena: Arena,
+        arrival_share: float = 0.15,
         emit: Callable[..., None],
         clock: Callable[[], float] = time.monotonic,
         mint_seed: Callable[[], int] = lambda: secrets.randbits(64),
@@ -127,6 +130,7 @@ class Engine:
         self._compiling: dict[int, pb.DecodeAdmit] = {}
         self._limits = limits
         self._arena = arena
+        self._arrivals = Arrivals(arrival_share, clock)
         self._emit = emit
         self._clock = clock
         self._mint_seed = mint_seed
@@ -155,7 +159,9 @@ class Engine:
         Returns:
             How long the caller may wait for the next commands: 0 when there is more to compute, None for ever.
         """
-        for command in commands:
+        for command in self._arrivals.sort(commands):
+            self._receive(command)
+        for command in self._arrivals.take(self._meter.mean_seconds if len(self._scheduler) else None):
             self._receive(command)
         self._admit_compiled()
         self._sweep()
@@ -453,7 +459,7 @@ class Engine:
             self._outbox.clear()
 
     def _patience(self) -> float | None:
-        if len(self._scheduler) or self._commitment.paused or not self._loop.idle:
+        if len(self._scheduler) or self._commitment.paused or not self._loop.idle or len(self._arrivals):
             return 0
         if self._compiling:
             return _COMPILE_POLL

@@ -97,6 +97,7 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         grammars=GrammarQueue(GrammarCompiler(args.checkpoint, config.vocab_size, eos), args.max_running),
         limits=EngineLimits(args.max_running, frozenset(eos), config.vocab_size),
         arena=endpoint.arena,
+        arrival_share=parts.arrival_share,
         emit=endpoint.link.send,
     )
     ready = pb.DecodeReady(

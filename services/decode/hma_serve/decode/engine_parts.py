@@ -58,6 +58,7 @@ class EngineParts:
         intake: Puts packed KV into them.
         runner: Computes steps.
         sampling: Where tokens are drawn.
+        arrival_share: Of a step's time that the host may take to store KV between two steps.
         overlap: It works behind the host's back, so the next step may begin before the last one's tokens are known.
     """
 
@@ -67,6 +68,7 @@ class EngineParts:
     intake: Intake
     runner: StepRunner
     sampling: torch.device
+    arrival_share: float
     overlap: bool
 
 
@@ -89,5 +91,6 @@ def open_cpu(spec: EngineSpec) -> EngineParts:
         intake=FusedIntake(pool) if fused else MaterialisedIntake(pool, spec.k_offsets),
         runner=TorchStepRunner(model, pool, TorchPagedAttention(pool, config.num_heads, spec.k_offsets)),
         sampling=torch.device("cpu"),
+        arrival_share=0.15,
         overlap=False,
     )
