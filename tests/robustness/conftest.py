@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.otlp_collector import Collector
 from support.process_fleet import ProcessFleet, process_fleet
 
 FULL = os.environ.get("HMA_ROBUSTNESS") == "full"
@@ -21,9 +22,19 @@ FLAGS = {
 
 
 @pytest.fixture(scope="session")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessFleet]:
-    with process_fleet(tmp_path_factory.mktemp("fleet"), prefill=2, decode=2, routers=2, flags=FLAGS) as running:
+def collector() -> Iterator[Collector]:
+    """Gets the fleet's traces."""
+    with Collector() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def fleet(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessFleet]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        with process_fleet(tmp_path_factory.mktemp("fleet"), prefill=2, decode=2, routers=2, flags=FLAGS) as running:
+            yield running
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ import signal
 
 from hma_serve.client import AsyncClient, Completion
 from hma_serve.core.groups import packed_tokens
+from hma_serve.telemetry import spans
+from support.otlp_collector import Collector, Told
 from support.process_fleet import Process, ProcessFleet, eventually
 from support.sample_prompts import sample_prompt
 
@@ -91,8 +93,8 @@ async def test_a_prefill_killed_in_mid_transfer(fleet: ProcessFleet, trials: int
         assert answer.usage.migrations == 0
 
 
-async def test_a_decode_that_hangs_in_mid_stream(fleet: ProcessFleet) -> None:
-    """Its process is stopped: connections stay open and nothing comes any more."""
+async def test_a_decode_that_hangs_in_mid_stream(fleet: ProcessFleet, collector: Collector) -> None:
+    """Its process is stopped: connections stay open and nothing comes any more. One trace tells of both attempts."""
     prompt = sample_prompt(200, 300)
     await fleet.settled(prefill=2, decode=2)
     async with AsyncClient(fleet.routers) as client:
@@ -113,6 +115,25 @@ async def test_a_decode_that_hangs_in_mid_stream(fleet: ProcessFleet) -> None:
         faultless = await ask(client, prompt)
     assert answer.token_ids == faultless.token_ids
     assert answer.usage.migrations == 1
+
+    def in_its_trace(told: list[Told]) -> list[Told]:
+        traces = {span.trace_id for span in told if span.attributes.get("hma.request_id") == answer.request_id}
+        return [span for span in told if span.trace_id in traces]
+
+    def attempts(told: list[Told]) -> list[Told]:
+        return [span for span in in_its_trace(told) if span.name == spans.ATTEMPT]
+
+    def whole(told: list[Told]) -> bool:
+        return len(attempts(told)) == 2 and spans.REQUEST in {span.name for span in in_its_trace(told)}
+
+    told = await asyncio.to_thread(collector.wait_for, whole)
+    first, second = sorted(attempts(told), key=lambda span: span.start_ns)
+    (request,) = [span for span in in_its_trace(told) if span.name == spans.REQUEST]
+    assert {first.parent_id, second.parent_id} == {request.span_id}
+    assert (first.failed, second.failed) == (True, False)
+    assert first.attributes["hma.decode"] != second.attributes["hma.decode"]
+    assert (first.attributes["hma.emitted_tokens"], second.attributes["hma.epoch"]) == (0, 2)
+    assert 0 < second.attributes["hma.emitted_tokens"] < NEW_TOKENS
 
 
 class Counts:
