@@ -30,11 +30,11 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="session")
 def fleet(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessFleet]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
-        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        with process_fleet(tmp_path_factory.mktemp("fleet"), prefill=2, decode=2, routers=2, flags=FLAGS) as running:
-            yield running
+    # The fleet outlives its tests by the rest of the suite, so its environment must be its own.
+    tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.address, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    directory = tmp_path_factory.mktemp("fleet")
+    with process_fleet(directory, prefill=2, decode=2, routers=2, flags=FLAGS, variables=tracing) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -91,9 +91,10 @@ class Process:
 class ProcessFleet:
     """The cluster; made by `process_fleet`."""
 
-    def __init__(self, etcd: str, flags: dict[str, tuple[str, ...]]) -> None:
+    def __init__(self, etcd: str, flags: dict[str, tuple[str, ...]], variables: dict[str, str]) -> None:
         self._etcd = etcd
         self._flags = flags
+        self._environment = environment() | variables
         self.processes: list[Process] = []
 
     def start(self, role: str) -> Process:
@@ -116,7 +117,7 @@ class ProcessFleet:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=self._environment,
         )
         started = Process(role, process, http, grpc)
         self.processes.append(started)
@@ -189,11 +190,17 @@ async def eventually(look: Callable[[], Seen], otherwise: str) -> Seen:
 
 @contextmanager
 def process_fleet(
-    directory: Path, *, prefill: int, decode: int, routers: int, flags: dict[str, tuple[str, ...]]
+    directory: Path,
+    *,
+    prefill: int,
+    decode: int,
+    routers: int,
+    flags: dict[str, tuple[str, ...]],
+    variables: dict[str, str],
 ) -> Iterator[ProcessFleet]:
     """Starts a cluster and yields it when each process serves; ends what is left of it afterwards."""
     with EtcdServer(directory / "etcd") as etcd:
-        fleet = ProcessFleet(etcd.url, flags)
+        fleet = ProcessFleet(etcd.url, flags, variables)
         try:
             for role, count in (("decode", decode), ("prefill", prefill), ("router", routers)):
                 for _ in range(count):
