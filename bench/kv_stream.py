@@ -19,7 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.figures import SEED, Figure, figure, interleave, ratios
-from hma_serve.kvblock import StreamReader, StreamWriter, build_manifest, codec, decode_frame, validate_manifest
+from hma_serve.kvblock import (
+    StreamReader,
+    StreamWriter,
+    align_payload,
+    build_manifest,
+    codec,
+    decode_frame,
+    encode_frame,
+    validate_manifest,
+)
 from hma_serve.rpc import GrpcServer, open_channel, tune_allocator
 from hma_serve.v1.kv_block_pb2 import KV_ROLE_K, KV_ROLE_V, KV_ROPE_PAIRING_HALF_SPLIT, KvManifest, KvRope
 
@@ -63,8 +72,10 @@ async def push(address: str) -> None:
         for layer in range(LAYERS):
             for role in (KV_ROLE_K, KV_ROLE_V):
                 last = (layer, role) == (LAYERS - 1, KV_ROLE_V)
-                for frame in writer.frames(layer, role, payload, token_start=0, last=last, max_payload=BLOCK_BYTES):
-                    yield frame
+                blocks = writer.blocks(layer, role, payload, token_start=0, last=last, max_payload=BLOCK_BYTES)
+                for header, part in blocks:
+                    align_payload(header, part.nbytes)
+                    yield encode_frame(header, part)
 
     channel = open_channel(address)
     method: Any = channel.stream_unary(METHOD)

@@ -54,6 +54,22 @@ def test_frames_are_the_generated_codes_bytes_and_back(header: PushHeader, paylo
 
 
 @settings(deadline=None)
+@given(headers, payloads.filter(bool))
+def test_a_padded_header_moves_the_payload_to_an_aligned_place(header: PushHeader, payload: bytes) -> None:
+    padded = PushHeader()
+    padded.CopyFrom(header)
+    kvblock.align_payload(padded, len(payload))
+    frame = kvblock.encode_frame(padded, payload)
+    assert (len(frame) - len(payload)) % 16 == 0
+    assert frame == PushRequest(header=padded, payload=payload).SerializeToString()
+    read, view = kvblock.decode_frame(frame)
+    assert bytes(view) == payload
+    read.ClearField("padding")
+    assert read == header
+    assert len(padded.padding) <= 16
+
+
+@settings(deadline=None)
 @given(headers, st.binary(max_size=100))
 def test_payloads_are_not_copied_on_the_way_in(header: PushHeader, payload: bytes) -> None:
     frame = kvblock.encode_frame(header, payload)

@@ -37,6 +37,7 @@ def test_exports() -> None:
         "StreamPlan",
         "StreamReader",
         "StreamWriter",
+        "align_payload",
         "build_manifest",
         "build_mixed_manifest",
         "channel_order",

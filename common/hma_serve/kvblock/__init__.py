@@ -9,7 +9,7 @@ from hma_serve.kvblock.capture import join_frames, split_frames
 from hma_serve.kvblock.codecs import Codec, Payload, Section, codec, codec_for, codec_names
 from hma_serve.kvblock.coverage import Coverage
 from hma_serve.kvblock.errors import KvFormatError
-from hma_serve.kvblock.frame import decode_frame, encode_frame, is_plain_frame
+from hma_serve.kvblock.frame import align_payload, decode_frame, encode_frame, is_plain_frame
 from hma_serve.kvblock.limits import (
     BEST_PAYLOAD_BYTES,
     FORMAT_MAJOR,
@@ -59,6 +59,7 @@ __all__ = [
     "StreamPlan",
     "StreamReader",
     "StreamWriter",
+    "align_payload",
     "build_manifest",
     "build_mixed_manifest",
     "channel_order",

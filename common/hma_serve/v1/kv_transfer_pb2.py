@@ -26,33 +26,33 @@ from hma_serve.v1 import common_pb2 as hma__serve_dot_v1_dot_common__pb2
 from hma_serve.v1 import kv_block_pb2 as hma__serve_dot_v1_dot_kv__block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ehma_serve/v1/kv_transfer.proto\x12\x0chma_serve.v1\x1a\x19hma_serve/v1/common.proto\x1a\x1bhma_serve/v1/kv_block.proto\"H\n\x0bPushRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.hma_serve.v1.PushHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\x91\x01\n\nPushHeader\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.hma_serve.v1.PushOpenH\x00\x12,\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x1b.hma_serve.v1.KvBlockHeaderH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.hma_serve.v1.PushEndH\x00\x42\x07\n\x05\x66rame\"\xbd\x01\n\x08PushOpen\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12+\n\ntransports\x18\x03 \x03(\x0e\x32\x17.hma_serve.v1.Transport\x12*\n\x08manifest\x18\x04 \x01(\x0b\x32\x18.hma_serve.v1.KvManifest\x12)\n\x05trace\x18\x05 \x01(\x0b\x32\x1a.hma_serve.v1.TraceContext\x12\x0e\n\x06resume\x18\x06 \x01(\x08\"\x19\n\x07PushEnd\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\xcd\x01\n\x0cPushResponse\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.hma_serve.v1.PushAcceptedH\x00\x12$\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x15.hma_serve.v1.PushAckH\x00\x12\x30\n\tcommitted\x18\x03 \x01(\x0b\x32\x1b.hma_serve.v1.PushCommittedH\x00\x12,\n\x07refused\x18\x04 \x01(\x0b\x32\x19.hma_serve.v1.PushRefusedH\x00\x42\x07\n\x05\x65vent\"{\n\x0cPushAccepted\x12*\n\ttransport\x18\x01 \x01(\x0e\x32\x17.hma_serve.v1.Transport\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\"/\n\x07PushAck\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\"6\n\rPushCommitted\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\"7\n\x0bPushRefused\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail*:\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x32O\n\nKvTransfer\x12\x41\n\x04Push\x12\x19.hma_serve.v1.PushRequest\x1a\x1a.hma_serve.v1.PushResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ehma_serve/v1/kv_transfer.proto\x12\x0chma_serve.v1\x1a\x19hma_serve/v1/common.proto\x1a\x1bhma_serve/v1/kv_block.proto\"H\n\x0bPushRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x18.hma_serve.v1.PushHeader\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"\xa2\x01\n\nPushHeader\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.hma_serve.v1.PushOpenH\x00\x12,\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x1b.hma_serve.v1.KvBlockHeaderH\x00\x12$\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x15.hma_serve.v1.PushEndH\x00\x12\x0f\n\x07padding\x18\x0f \x01(\x0c\x42\x07\n\x05\x66rame\"\xbd\x01\n\x08PushOpen\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12+\n\ntransports\x18\x03 \x03(\x0e\x32\x17.hma_serve.v1.Transport\x12*\n\x08manifest\x18\x04 \x01(\x0b\x32\x18.hma_serve.v1.KvManifest\x12)\n\x05trace\x18\x05 \x01(\x0b\x32\x1a.hma_serve.v1.TraceContext\x12\x0e\n\x06resume\x18\x06 \x01(\x08\"\x19\n\x07PushEnd\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\"\xcd\x01\n\x0cPushResponse\x12.\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x1a.hma_serve.v1.PushAcceptedH\x00\x12$\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x15.hma_serve.v1.PushAckH\x00\x12\x30\n\tcommitted\x18\x03 \x01(\x0b\x32\x1b.hma_serve.v1.PushCommittedH\x00\x12,\n\x07refused\x18\x04 \x01(\x0b\x32\x19.hma_serve.v1.PushRefusedH\x00\x42\x07\n\x05\x65vent\"{\n\x0cPushAccepted\x12*\n\ttransport\x18\x01 \x01(\x0e\x32\x17.hma_serve.v1.Transport\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x14\n\x0c\x63redit_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\"/\n\x07PushAck\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x14\n\x0c\x63redit_bytes\x18\x02 \x01(\x04\"6\n\rPushCommitted\x12\x0e\n\x06\x62locks\x18\x01 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\"7\n\x0bPushRefused\x12(\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x19.hma_serve.v1.ErrorDetail*:\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x12\n\x0eTRANSPORT_GRPC\x10\x01\x32O\n\nKvTransfer\x12\x41\n\x04Push\x12\x19.hma_serve.v1.PushRequest\x1a\x1a.hma_serve.v1.PushResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hma_serve.v1.kv_transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRANSPORT']._serialized_start=1040
-  _globals['_TRANSPORT']._serialized_end=1098
+  _globals['_TRANSPORT']._serialized_start=1057
+  _globals['_TRANSPORT']._serialized_end=1115
   _globals['_PUSHREQUEST']._serialized_start=104
   _globals['_PUSHREQUEST']._serialized_end=176
   _globals['_PUSHHEADER']._serialized_start=179
-  _globals['_PUSHHEADER']._serialized_end=324
-  _globals['_PUSHOPEN']._serialized_start=327
-  _globals['_PUSHOPEN']._serialized_end=516
-  _globals['_PUSHEND']._serialized_start=518
-  _globals['_PUSHEND']._serialized_end=543
-  _globals['_PUSHRESPONSE']._serialized_start=546
-  _globals['_PUSHRESPONSE']._serialized_end=751
-  _globals['_PUSHACCEPTED']._serialized_start=753
-  _globals['_PUSHACCEPTED']._serialized_end=876
-  _globals['_PUSHACK']._serialized_start=878
-  _globals['_PUSHACK']._serialized_end=925
-  _globals['_PUSHCOMMITTED']._serialized_start=927
-  _globals['_PUSHCOMMITTED']._serialized_end=981
-  _globals['_PUSHREFUSED']._serialized_start=983
-  _globals['_PUSHREFUSED']._serialized_end=1038
-  _globals['_KVTRANSFER']._serialized_start=1100
-  _globals['_KVTRANSFER']._serialized_end=1179
+  _globals['_PUSHHEADER']._serialized_end=341
+  _globals['_PUSHOPEN']._serialized_start=344
+  _globals['_PUSHOPEN']._serialized_end=533
+  _globals['_PUSHEND']._serialized_start=535
+  _globals['_PUSHEND']._serialized_end=560
+  _globals['_PUSHRESPONSE']._serialized_start=563
+  _globals['_PUSHRESPONSE']._serialized_end=768
+  _globals['_PUSHACCEPTED']._serialized_start=770
+  _globals['_PUSHACCEPTED']._serialized_end=893
+  _globals['_PUSHACK']._serialized_start=895
+  _globals['_PUSHACK']._serialized_end=942
+  _globals['_PUSHCOMMITTED']._serialized_start=944
+  _globals['_PUSHCOMMITTED']._serialized_end=998
+  _globals['_PUSHREFUSED']._serialized_start=1000
+  _globals['_PUSHREFUSED']._serialized_end=1055
+  _globals['_KVTRANSFER']._serialized_start=1117
+  _globals['_KVTRANSFER']._serialized_end=1196
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,9 @@ class PushHeader(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    padding: _builtins.bytes
+    """Of any length and content: a sender may so choose where in the message its payload begins."""
     @_builtins.property
     def open(self) -> Global___PushOpen: ...
     @_builtins.property
@@ -84,10 +87,11 @@ class PushHeader(_message.Message):
         open: Global___PushOpen | None = ...,
         block: _kv_block_pb2.KvBlockHeader | None = ...,
         end: Global___PushEnd | None = ...,
+        padding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "frame", b"frame", "open", b"open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "frame", b"frame", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "end", b"end", "frame", b"frame", "open", b"open", "padding", b"padding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["open", "block", "end"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015

@@ -28,6 +28,7 @@ from hma_serve.kvblock import (
     Codec,
     RolePlan,
     StreamWriter,
+    align_payload,
     encode_frame,
     transcode,
     validate_manifest,
@@ -159,6 +160,7 @@ class Streamer:
                     max_payload=self._max_payload,
                 )
                 for header, payload in blocks:
+                    align_payload(header, payload.nbytes)
                     await self._stream.await_credit(payload.nbytes)
                     await self._stream.send_block(encode_frame(header, payload), payload.nbytes)
 
