@@ -175,12 +175,14 @@ async def test_a_decode_that_stalls_or_talks_nonsense_ends_its_transfer_alone(
         async with prefill_worker.connected(sender) as client:
             with between(decode) as proxy:
                 proxy.freeze()
-                with pytest.raises(Unavailable, match=r"decode at"):
+                with pytest.raises(Unavailable, match=r"decode at") as stalled:
                     await client.prefill(f"127.0.0.1:{proxy.port}", tokens[:PACKED]).completed()
+                assert stalled.value.field == "decode_address"
             async with await asyncio.start_server(_babble, "127.0.0.1", 0) as babbler:
                 port = babbler.sockets[0].getsockname()[1]
-                with pytest.raises(Unavailable, match=r"decode at"):
+                with pytest.raises(Unavailable, match=r"decode at") as babbled:
                     await client.prefill(f"127.0.0.1:{port}", tokens[:PACKED]).completed()
+                assert babbled.value.field == "decode_address"
             await client.idle()
             # The worker is as well as before.
             generating = decodes.decode.Generate(ask(decodes, tokens), timeout=60)

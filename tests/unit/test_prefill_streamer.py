@@ -257,9 +257,22 @@ async def test_a_bad_receiver_gives_a_typed_error_and_frees_the_call(
     with pytest.raises(kind, match=message) as caught:
         await sender.send_all(stall=STALL if kind is Unavailable else PATIENT)
     assert type(caught.value) is kind
+    # Which of the two workers is to be avoided, unless the receiver has said what is wrong.
+    refused = receiver.behaviour.refusal
+    assert caught.value.field == ("decode_address" if refused is None else refused.field)
     assert sender.channel_users == 0
     async with asyncio.timeout(5):
         await receiver.streams[0].ended.wait()
+
+
+@pytest.mark.parametrize("refusal", [Unavailable("the decode engine is gone"), Internal("a bug")])
+async def test_a_receiver_that_cannot_go_on_is_the_one_to_avoid(
+    sender: Sender, receiver: PushReceiver, refusal: HmaError
+) -> None:
+    receiver.behaviour = Behaviour(refusal=refusal)
+    with pytest.raises(type(refusal), match=refusal.message) as caught:
+        await sender.send_all()
+    assert caught.value.field == "decode_address"
 
 
 async def test_the_field_of_a_refusal_is_kept(sender: Sender, receiver: PushReceiver) -> None:

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from hma_serve.core.errors import DataLoss, HmaError, InvalidArgument, ResourceExhausted, Unavailable
+from hma_serve.core.errors import (
+    DataLoss,
+    FailedPrecondition,
+    HmaError,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.router.completion import CompletionRequest, Delta, Event, Finished
 from hma_serve.router.pipeline import Pipeline
@@ -145,9 +153,10 @@ async def test_a_stop_string_across_the_gap_is_found() -> None:
         assert "".join(delta.text for delta in deltas) == pipeline.completions.model.tokenizer.decode(LONG[:1])
 
 
-async def test_a_prefill_that_cannot_reach_decode_accuses_decode() -> None:
+@pytest.mark.parametrize("kind", [Unavailable, Internal, FailedPrecondition])
+async def test_a_prefill_that_gets_on_with_itself_but_not_with_decode_accuses_decode(kind: type[HmaError]) -> None:
     async with running_fleet() as (fleet, pipeline):
-        fleet.prefills[0].failures = [Unavailable("decode is gone", field="decode_address")]
+        fleet.prefills[0].failures = [kind("decode is gone, or talks nonsense", field="decode_address")]
         assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
         assert fleet.calls() == [1, 1, 1, 1]
         await until(pipeline, lambda view: all(decode.open for decode in view.decodes))

@@ -49,13 +49,16 @@ class Guard:
         if self._failure.done():
             raise self._failure.result()
 
-    async def wait(self, awaitable: Awaitable[Result], what: str, *, limit: float | None = None) -> Result:
+    async def wait(
+        self, awaitable: Awaitable[Result], what: str, *, limit: float | None = None, field: str = ""
+    ) -> Result:
         """Awaits under the deadline, `limit` seconds and the request's failure; what is awaited is cancelled then.
 
         Args:
             awaitable: Safe to cancel.
             what: Completes "waited too long for ...".
             limit: Seconds; None: until the deadline.
+            field: Of the error that says that the limit passed.
 
         Raises:
             DeadlineExceeded: The deadline passed.
@@ -73,7 +76,7 @@ class Guard:
             await _cancelled(task)
         if self.remaining() == 0.0:
             raise DeadlineExceeded(f"the deadline passed while waiting for {what}")
-        raise Unavailable(f"waited more than {timeout:g} s for {what}")
+        raise Unavailable(f"waited more than {timeout:g} s for {what}", field=field)
 
 
 async def _cancelled(task: asyncio.Future[Result]) -> None:

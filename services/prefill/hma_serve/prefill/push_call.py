@@ -23,6 +23,9 @@ from hma_serve.v1 import kv_transfer_pb2 as pb
 
 METHOD = "/hma_serve.v1.KvTransfer/Push"
 
+DECODE_ADDRESS = "decode_address"
+"""The field of every error that is decode's own doing: it tells the router which of the two workers to look after."""
+
 _CLOSING_SECONDS = 1.0
 
 # gRPC's own details of an INTERNAL that replaces the peer's status when a write fails as the call ends (grpc#36066).
@@ -130,7 +133,7 @@ class PushCall:
 
     async def _wait(self, awaitable: Awaitable[Result], what: str, *, limit: float | None = None) -> Result:
         limit = self._stall_timeout if limit is None else min(limit, self._stall_timeout)
-        return await self._guard.wait(self._unless_lost(awaitable), what, limit=limit)
+        return await self._guard.wait(self._unless_lost(awaitable), what, limit=limit, field=DECODE_ADDRESS)
 
     async def _unless_lost(self, awaitable: Awaitable[Result]) -> Result:
         task = asyncio.ensure_future(awaitable)
@@ -208,15 +211,15 @@ class PushCall:
     def _named(self, error: HmaError) -> HmaError:
         """The peer's error, saying whose it is."""
         message = f"decode at {self._address}: {error.message}"
-        return type(error)(message, field=error.field, retry_after=error.retry_after)
+        own = error.field or (DECODE_ADDRESS if isinstance(error, (Unavailable, Internal)) else "")
+        return type(error)(message, field=own, retry_after=error.retry_after)
 
 
 def broken(address: str, what: str) -> HmaError:
     """The receiver did what the protocol forbids."""
-    return Internal(f"decode at {address} broke the transfer protocol: {what}")
+    return Internal(f"decode at {address} broke the transfer protocol: {what}", field=DECODE_ADDRESS)
 
 
 def gone(address: str, what: str) -> HmaError:
     """The receiver cannot be reached any more."""
-    # The field tells the router which of the two workers it should look after.
-    return Unavailable(f"decode at {address}: {what}", field="decode_address")
+    return Unavailable(f"decode at {address}: {what}", field=DECODE_ADDRESS)

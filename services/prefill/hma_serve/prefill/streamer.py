@@ -35,6 +35,7 @@ from hma_serve.kvblock import (
 )
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
+from hma_serve.prefill.push_call import DECODE_ADDRESS
 from hma_serve.prefill.push_stream import Patience, PushStream
 from hma_serve.rpc import ChannelCache
 from hma_serve.v1 import common_pb2, kv_block_pb2, kv_transfer_pb2
@@ -191,12 +192,15 @@ class Streamer:
         Credit is a window, so a block larger than the first grant might never fit.
         """
         if accepted.transport != kv_transfer_pb2.TRANSPORT_GRPC:
-            raise FailedPrecondition(f"decode at {self._destination.address} chose a transport that was not offered")
+            raise FailedPrecondition(
+                f"decode at {self._destination.address} chose a transport that was not offered", field=DECODE_ADDRESS
+            )
         smallest = max(role.group_bytes for role in self._plan.roles.values())
         limit = min(BEST_PAYLOAD_BYTES, accepted.max_message_bytes - HEADER_ROOM_BYTES)
         if limit < smallest:
             raise FailedPrecondition(
                 f"decode at {self._destination.address} takes messages of {accepted.max_message_bytes} bytes; "
-                f"one group of 32 tokens needs {smallest + HEADER_ROOM_BYTES}"
+                f"one group of 32 tokens needs {smallest + HEADER_ROOM_BYTES}",
+                field=DECODE_ADDRESS,
             )
         return max(smallest, min(limit, accepted.credit_bytes or limit))

@@ -34,7 +34,7 @@ _ANSWER_TIMEOUT = 30.0
 _RENEW_AT = 0.3
 
 DECODE_ADDRESS = "decode_address"
-"""The field that a prefill worker names when it could not reach decode there."""
+"""The field that a prefill worker names when decode there could not be reached, stalled or answered with nonsense."""
 
 _DecodeCall = grpc.aio.UnaryStreamCall[decode_pb2.DecodeGenerateRequest, decode_pb2.DecodeGenerateResponse]
 
@@ -302,8 +302,8 @@ class Attempt:
 
     def _failed(self, leg: Leg, exc: grpc.RpcError) -> AttemptFailed:
         error = from_rpc_error(exc)
-        if leg is Leg.PREFILL and isinstance(error, Unavailable) and error.field == DECODE_ADDRESS:
-            # Prefill is well; the path from it to decode is not. Decode is checked, and both are avoided.
+        if leg is Leg.PREFILL and error.field == DECODE_ADDRESS:
+            # Prefill is well; decode, or the path from it to decode, is not. Decode is checked, and both are avoided.
             decode, prefill = self._instance(Leg.DECODE), self._instance(Leg.PREFILL)
             return AttemptFailed(Leg.DECODE, decode, error, unreachable=True, witness=prefill)
         return AttemptFailed(leg, self._instance(leg), error, unreachable=is_transport_failure(exc))
