@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hma_serve.registry import Tls as EtcdTls
 from hma_serve.registry import Watcher, open_store
 from hma_serve.rpc import CA_FILE, CERTIFICATE_FILE, KEY_FILE, SERVICE_NAME, ChannelCache, GrpcServer, TlsConfig
 from support.cluster import Cluster, running_cluster
+from support.etcd_server import EtcdServer
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +184,31 @@ async def test_replaced_certificates_are_taken_up_without_a_restart(tmp_path: Pa
     finally:
         await cache.close()
         await server.stop(0)
+
+
+def test_the_registrys_client_takes_up_replaced_certificates(tmp_path: Path) -> None:
+    """A worker outlives its certificate: it finds an etcd that was restarted under a new authority."""
+    made = tmp_path / "tls"
+    assert certs([str(made)]) == 0
+    tls = EtcdTls(made / CA_FILE, made / CERTIFICATE_FILE, made / KEY_FILE)
+    with EtcdServer(tmp_path / "etcd", tls=tls) as etcd:
+        store = open_store(etcd.url, tls)
+        with Watcher(store) as watcher:
+            assert watcher.wait_listed_blocking(10)
+            etcd.stop()
+            # As in the middle of a replacement: nothing to connect with, and nothing breaks.
+            (made / CA_FILE).unlink()
+            (made / "ca.key").unlink()
+            with pytest.raises(Unavailable):
+                store.check(1)
+            assert certs([str(made)]) == 0
+            etcd.restart()
+            store.check(5)
+            deadline = time.monotonic() + 15
+            while watcher.current.stale_since is not None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        store.close()
 
 
 def test_a_directory_without_certificates_is_named(tmp_path: Path) -> None:

@@ -49,6 +49,14 @@ class Tls:
             raise InvalidArgument("a client certificate for etcd needs its key, and a key its certificate")
         return grpc.ssl_channel_credentials(_read(self.root_ca), _read(self.key), _read(self.certificate))
 
+    def stamp(self) -> tuple[int, ...]:
+        """Changes when a file was replaced; empty without files, and while one is missing in a replacement."""
+        files = (self.root_ca, self.certificate, self.key)
+        try:
+            return tuple(path.stat().st_mtime_ns for path in files if path is not None)
+        except OSError:
+            return ()
+
 
 def _read(path: Path | None) -> bytes | None:
     try:

@@ -94,8 +94,19 @@ _ERRORS: dict[grpc.StatusCode, type[HmaError]] = {
 }
 
 
+@dataclass(slots=True, eq=False)
+class _Link:
+    """A channel to one member, the certificates' stamp when it was opened, and how many calls run on it."""
+
+    channel: grpc.Channel
+    stamp: tuple[int, ...]
+    calls: int = 0
+
+
 class EtcdClient:
     """Channels to the members of one etcd cluster, opened when first needed. Safe to use from several threads.
+
+    When the certificates are replaced, new calls get new channels, and an old one is closed after its last call.
 
     Args:
         endpoints: The members; tried in turn, starting with the first.
@@ -104,9 +115,12 @@ class EtcdClient:
 
     def __init__(self, endpoints: tuple[Endpoint, ...], tls: Tls | None = None) -> None:
         self._endpoints = endpoints
-        self._credentials = (tls or Tls()).credentials() if any(e.secure for e in endpoints) else None
+        self._tls = tls or Tls()
+        if any(endpoint.secure for endpoint in endpoints):
+            self._tls.credentials()  # says at once what is wrong with the files
         self._lock = threading.Lock()
-        self._channels: dict[int, grpc.Channel] = {}
+        self._links: dict[int, _Link] = {}
+        self._outdated: list[_Link] = []
         self._current = 0
         self._closed = False
 
@@ -122,8 +136,8 @@ class EtcdClient:
             Unavailable: No answer; what was asked for may have happened.
             HmaError: etcd refused; see `_ERRORS`.
         """
-        index, channel = self._channel()
-        stub = channel.unary_unary(
+        index, link = self._take()
+        stub = link.channel.unary_unary(
             method.path, request_serializer=_serialize, response_deserializer=method.response.FromString
         )
         try:
@@ -132,6 +146,8 @@ class EtcdClient:
             raise self.translate(error, index) from error
         except ValueError as error:
             raise _closed() from error
+        finally:
+            self._give_back(link)
         return response
 
     def exchange(self, method: Method[Req, Res], request: Req, timeout: float) -> Res:
@@ -149,14 +165,18 @@ class EtcdClient:
 
     def stream(self, method: Method[Req, Res], requests: Iterator[Req], timeout: float | None) -> tuple[int, Any]:
         """Opens a stream; returns the member's index, for `translate`, and gRPC's call. The caller cancels the call."""
-        index, channel = self._channel()
-        stub = channel.stream_stream(
+        index, link = self._take()
+        stub = link.channel.stream_stream(
             method.path, request_serializer=_serialize, response_deserializer=method.response.FromString
         )
         try:
-            return index, stub(requests, timeout=timeout, metadata=REQUIRE_LEADER)
+            call = stub(requests, timeout=timeout, metadata=REQUIRE_LEADER)
         except ValueError as error:
+            self._give_back(link)
             raise _closed() from error
+        if not call.add_callback(lambda: self._give_back(link)):
+            self._give_back(link)
+        return index, call
 
     def translate(self, error: grpc.RpcError, index: int) -> HmaError:
         """The typed error of a failed call; moves on to the next member if this one is at fault."""
@@ -175,27 +195,50 @@ class EtcdClient:
         """Closes the channels. Calls must have ended: closing under a running one leaks its socket."""
         with self._lock:
             self._closed = True
-            channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            channel.close()
+            links = [*self._links.values(), *self._outdated]
+            self._links.clear()
+            self._outdated.clear()
+        for link in links:
+            link.channel.close()
 
     def _unreachable(self, index: int, why: str) -> Unavailable:
         self.move_on(index)
         return Unavailable(f"cannot reach etcd at {self._endpoints[index]}; check --etcd ({why})")
 
-    def _channel(self) -> tuple[int, grpc.Channel]:
+    def _take(self) -> tuple[int, _Link]:
+        """The channel for one call to the current member, and its index; pair with `_give_back`."""
         with self._lock:
             if self._closed:
                 raise _closed()
+            idle = [link for link in self._outdated if not link.calls]
+            self._outdated = [link for link in self._outdated if link.calls]
             index = self._current
-            if index not in self._channels:
-                self._channels[index] = self._open(self._endpoints[index])
-            return index, self._channels[index]
+            link = self._links[index] = self._renewed(self._endpoints[index], self._links.get(index))
+            link.calls += 1
+        for old in idle:
+            old.channel.close()
+        return index, link
 
-    def _open(self, endpoint: Endpoint) -> grpc.Channel:
-        if endpoint.secure and self._credentials is not None:
-            return grpc.secure_channel(endpoint.target, self._credentials, CHANNEL_OPTIONS)
-        return grpc.insecure_channel(endpoint.target, CHANNEL_OPTIONS)
+    def _give_back(self, link: _Link) -> None:
+        with self._lock:
+            link.calls -= 1
+
+    def _renewed(self, endpoint: Endpoint, link: _Link | None) -> _Link:
+        """The member's channel; a new one if there is none or the certificates were replaced since."""
+        if not endpoint.secure:
+            return link or _Link(grpc.insecure_channel(endpoint.target, CHANNEL_OPTIONS), ())
+        stamp = self._tls.stamp()
+        if link is not None and stamp in ((), link.stamp):
+            return link
+        try:
+            credentials = self._tls.credentials()
+        except InvalidArgument:
+            if link is None:
+                raise
+            return link  # a file is missing in the middle of a replacement
+        if link is not None:
+            self._outdated.append(link)
+        return _Link(grpc.secure_channel(endpoint.target, credentials, CHANNEL_OPTIONS), stamp)
 
 
 def _closed() -> Unavailable:
