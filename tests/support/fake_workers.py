@@ -177,6 +177,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
         self.info = info
         self.load = worker_pb2.WorkerLoad(state=worker_pb2.WORKER_STATE_READY)
         self.calls: list[Any] = []
+        self.seconds_left: list[float | None] = []
         self.active = 0
         self.cancelled = 0
         self.described = 0
@@ -216,8 +217,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServicer):
             await self._idle.wait_for(lambda: self.active >= count)
 
     @asynccontextmanager
-    async def _serving(self, request: object) -> AsyncIterator[None]:
+    async def _serving(self, request: object, context: Any) -> AsyncIterator[None]:
         self.calls.append(request)
+        self.seconds_left.append(context.time_remaining())
         await self._count(1)
         try:
             yield
@@ -328,7 +330,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
     async def Generate(
         self, request: decode_pb2.DecodeGenerateRequest, context: Any
     ) -> AsyncIterator[decode_pb2.DecodeGenerateResponse]:
-        async with self._serving(request):
+        async with self._serving(request, context):
             if self.refusals:
                 raise self.refusals.pop(0)
             if self.broken:
@@ -405,9 +407,9 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServicer):
         self.late_gate = asyncio.Event()
 
     async def Prefill(
-        self, request: prefill_pb2.PrefillRequest, context: object
+        self, request: prefill_pb2.PrefillRequest, context: Any
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
-        async with self._serving(request):
+        async with self._serving(request, context):
             if self.refusals:
                 raise self.refusals.pop(0)
             yield prefill_pb2.PrefillResponse(accepted=prefill_pb2.PrefillAccepted(instance=self.info.instance))

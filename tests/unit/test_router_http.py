@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hma_serve.router.config import RouterConfig
 from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW
 from support.router_stack import JSON, MAX_BODY, Stack, assert_error, running_stack
 
@@ -32,7 +33,12 @@ async def test_a_long_prompt_goes_through_both_workers(stack: Stack) -> None:
     assert decode.offer.producer_instance == stack.prefill.info.instance
     assert decode.context.epoch == prefill.context.epoch == 1
     assert decode.context.request_id == prefill.context.request_id
-    assert decode.context.HasField("deadline")
+    for worker in (stack.prefill, stack.decode):
+        # As seconds that are left: the worker's clock may be another.
+        assert not worker.calls[0].context.HasField("deadline")
+        [left] = worker.seconds_left
+        assert left is not None
+        assert 0 < left <= RouterConfig(registry="-").request_timeout
 
 
 async def test_a_short_prompt_needs_decode_alone(stack: Stack) -> None:

@@ -1,4 +1,5 @@
 import re
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -134,10 +135,20 @@ async def test_health_follows_the_server(served: tuple[Failing, grpc.aio.Channel
 
 def test_a_deadline_is_absolute_and_absent_when_unset() -> None:
     context = RequestContext(deadline=deadline_in(100))
-    left = remaining(context)
+    left = remaining(context, None)
     assert left is not None
     assert 90 < left <= 100
-    assert remaining(RequestContext()) is None
+    assert remaining(RequestContext(), None) is None
+
+
+def test_a_calls_own_deadline_counts_as_well_and_asks_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = RequestContext(deadline=deadline_in(100))
+    assert remaining(named, 50.0) == 50.0
+    left = remaining(named, 500.0)
+    assert left is not None
+    assert left <= 100
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    assert remaining(RequestContext(), 50.0) == 50.0
 
 
 def test_codes_of_newer_versions_become_internal() -> None:

@@ -128,7 +128,9 @@ class RequestContext(_message.Message):
     """Higher runs earlier."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp:
-        """Absolute; the request is abandoned everywhere when it passes."""
+        """Absolute; the request is abandoned everywhere when it passes. The gRPC call's own deadline counts as well and needs
+        no clocks that agree: routers leave this one unset.
+        """
 
     @_builtins.property
     def trace(self) -> Global___TraceContext: ...

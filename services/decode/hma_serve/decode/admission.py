@@ -45,16 +45,20 @@ class Admission:
     share_prefixes: bool = True
 
     def check(
-        self, request: decode_pb2.DecodeGenerateRequest
+        self, request: decode_pb2.DecodeGenerateRequest, call_seconds: float | None
     ) -> tuple[decode_engine_pb2.DecodeAdmit, kv_block_pb2.KvAgreement | None]:
         """The engine's form of a request, and what its producer is to send; None: it has none.
 
         The stream's number is left to the client of the engine.
 
+        Args:
+            request: What came.
+            call_seconds: Until the deadline of the call that brought it; None: it has none.
+
         Raises:
             HmaError: Why it can never run here; names the field.
         """
-        seconds = remaining(request.context)
+        seconds = remaining(request.context, call_seconds)
         if seconds is not None and seconds <= 0:
             raise DeadlineExceeded("the request's deadline has passed already", field="context.deadline")
         self._check_tokens(request)

@@ -50,7 +50,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         with self._counted() as outcome, _traced(request) as spans:
             if self._load.draining:
                 raise Unavailable("this decode worker is leaving; another can take the request")
-            admit, agreement = self._admission.check(request)
+            admit, agreement = self._admission.check(request, context.time_remaining())
             with self._engine.stream(admit) as stream:
                 ticket = self._ticket(await stream.admitted(), admit.epoch, agreement)
                 yield decode_pb2.DecodeGenerateResponse(ticket=ticket)

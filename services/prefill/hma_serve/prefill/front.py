@@ -83,7 +83,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         origin, attributes = Trace.of_message(request.context.trace), _attributes(request)
         try:
             with origin.span(spans.PREFILL, kind=SpanKind.SERVER, **attributes) as span:
-                async for response in self._serve(request, span.trace):
+                async for response in self._serve(request, context.time_remaining(), span.trace):
                     if response.HasField("completed"):
                         # Said first: whoever has read the end may hang up before this call sees its own.
                         outcome = "ok"
@@ -99,12 +99,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             self._parts.metrics.requests.labels(outcome).inc()
 
     async def _serve(
-        self, request: prefill_pb2.PrefillRequest, trace: Trace
+        self, request: prefill_pb2.PrefillRequest, call_seconds: float | None, trace: Trace
     ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
         parts = self._parts
         parts.admission.check(request)
         parts.admission.require_room(parts.load)
-        seconds = remaining(request.context)
+        seconds = remaining(request.context, call_seconds)
         if seconds is not None and seconds <= 0:
             raise DeadlineExceeded("the deadline passed before the request arrived")
         guard = Guard(DEFAULT_DEADLINE if seconds is None else seconds)

@@ -22,7 +22,7 @@ from hma_serve.core.errors import HmaError, Internal, Unavailable
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.core.worker import WorkerInfo
 from hma_serve.router.admission import Held
-from hma_serve.rpc import ChannelCache, deadline_in, from_rpc_error, is_transport_failure
+from hma_serve.rpc import ChannelCache, from_rpc_error, is_transport_failure
 from hma_serve.telemetry.tracing import Trace
 from hma_serve.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
@@ -256,13 +256,13 @@ class Attempt:
     # Messages.
 
     def _context(self) -> common_pb2.RequestContext:
+        """Without a deadline: the call's timeout says it, whatever the worker's clock is."""
         job = self._job
         return common_pb2.RequestContext(
             request_id=job.request_id,
             client_request_id=job.client_request_id,
             model=job.model,
             epoch=self._epoch,
-            deadline=deadline_in(self._remaining()),
             tenant=job.tenant,
             priority=job.priority,
             slo=job.slo.to_proto(),
