@@ -595,6 +595,29 @@ def test_the_youngest_begins_again_when_overcommitted_memory_runs_out(overlap: b
     assert harness.engine._commitment.pauses >= len(preempted)
 
 
+def test_low_priorities_make_room_first_and_come_back_last() -> None:
+    harness = Harness(capacity=320, max_running=9, overcommit=True)
+    priorities = {1: 0, 2: 1, 3: 0, 4: 1, 5: 1, 6: 2}
+    for stream, priority in priorities.items():
+        nonce = harness.admit(stream, max_tokens=200, priority=priority)
+        harness.turn(attach(10 + stream, nonce))
+        harness.fill(10 + stream)
+        harness.turn(end_push(10 + stream))
+    paused: list[int] = []
+    resumed: list[int] = []
+    while harness.patience == 0:
+        harness.turn()
+        out = harness.engine._streams.keys() - {sequence.stream for sequence in harness.engine._scheduler}
+        paused += [stream for stream in out if stream not in paused]
+        resumed += [stream for stream in paused if stream not in out and stream not in resumed]
+    assert paused[0] == 3
+    assert 6 not in paused
+    levels = [priorities[stream] for stream in paused]
+    assert levels == sorted(levels)
+    assert [priorities[stream] for stream in resumed] == sorted((priorities[s] for s in resumed), reverse=True)
+    assert harness.pool.used_tokens == 0
+
+
 def test_overcommitted_memory_is_promised_only_as_far_as_each_could_finish() -> None:
     harness = Harness(capacity=320, overcommit=True)
     # Three extents: packed pages of the first take one, and its output may come to fill the other two.

@@ -5,10 +5,10 @@
 *Over*: it is admitted with pages for its prompt; those for its output are taken between steps, as it grows. When they
 run out, somebody is *paused*: its computed pages are taken away, its packed prompt pages are not, and when there is
 room it computes its prompt's rest and its own output again and goes on. First to be paused is who waits for its KV and
-so loses nothing, then the youngest. Nobody is admitted while anybody is paused.
+so loses nothing, then who comes last: of the lowest priority the youngest. Nobody is admitted while anybody is paused.
 
 Somebody always advances: a request is admitted only if each could still grow to its full length were all others
-paused (`PagePool.can_finish_each`), and the oldest is never paused for another's sake.
+paused (`PagePool.can_finish_each`), and who comes first is never paused for another's sake.
 
 Either way a step finds all pages that it needs: `prepare` is called before it.
 """
@@ -176,7 +176,7 @@ class OverCommitment:
             self._pool.grow(sequence.pages, missing)
 
     def _resume(self) -> None:
-        """Oldest first, and nobody overtakes."""
+        """In order, and nobody overtakes."""
         for sequence in self._paused():
             missing = _missing(sequence, ahead=1)
             while not len(self._scheduler) and not self._pool.can_grow(missing):
@@ -187,9 +187,9 @@ class OverCommitment:
             self._scheduler.join(sequence)
 
     def _victim(self) -> Reservation:
-        """Who loses nothing, else the youngest."""
-        giving = [pages for pages in self._held if pages.plain_groups]
-        waiting = [pages for pages in giving if self._held[pages] is None]
+        """Who loses nothing, else who comes last."""
+        waiting = [pages for pages, sequence in self._held.items() if sequence is None and pages.plain_groups]
+        giving = [sequence.pages for sequence in self._joined() if sequence.pages.plain_groups]
         return (waiting or giving)[-1]
 
     def _pause(self, pages: Reservation) -> None:
@@ -202,7 +202,9 @@ class OverCommitment:
         self._pool.strip(pages)
 
     def _joined(self) -> list[Sequence]:
-        return [sequence for sequence in self._held.values() if sequence is not None]
+        """By priority, the oldest first among equals."""
+        joined = (sequence for sequence in self._held.values() if sequence is not None)
+        return sorted(joined, key=lambda sequence: -sequence.priority)
 
     def _paused(self) -> list[Sequence]:
         return [sequence for sequence in self._joined() if sequence not in self._scheduler]

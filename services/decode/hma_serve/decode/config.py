@@ -41,7 +41,8 @@ class DecodeConfig(PlaceConfig):
         kv_capacity_tokens: Unquantised tokens of KV that fit; None: from the free memory.
         kv_mode: `fused`: packed KV is read as it came; `materialise`: decoded when it arrives.
         share_prefixes: Requests of one tenant share the pages of a common prompt prefix.
-        overcommit: Requests take memory for their output as it grows, and the youngest begins again when none is left.
+        overcommit: Requests take memory for their output as it grows, and the youngest of the lowest
+            priority begins again when none is left.
         max_running: Requests that hold pages at once, those that wait for their KV included.
         step_tokens: Tokens that one step computes at most: how long a prompt may hold up the others.
         kv_lease: Seconds that a request waits for its KV without a sign of life.
@@ -159,7 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--overcommit",
         action="store_true",
-        help="take memory for output as it grows; the youngest request computes again when none is left",
+        help="take memory for output as it grows; the youngest request of the lowest priority computes again when "
+        "none is left",
     )
     work.add_argument("--max-running", type=int, default=64, help="requests that hold pages at once")
     work.add_argument(
