@@ -41,6 +41,18 @@ async def test_a_long_prompt_goes_through_both_workers(stack: Stack) -> None:
         assert 0 < left <= RouterConfig(registry="-").request_timeout
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_what_a_cache_held_of_a_prompt_counts_once(stack: Stack, streamed: bool) -> None:
+    stack.decode.present_tokens = 32
+    body = {"prompt": [LONG, LONG[::-1]], "n": 3, "max_tokens": 2}
+    if streamed:
+        usage = (await stack.stream(**body, stream_options={"include_usage": True}))[-1]["usage"]
+    else:
+        usage = (await stack.complete(**body))["usage"]
+    assert usage["prompt_tokens"] == 2 * len(LONG)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2 * 32}
+
+
 async def test_a_short_prompt_needs_decode_alone(stack: Stack) -> None:
     await stack.complete(prompt="short")
     assert stack.prefill.calls == []

@@ -40,6 +40,7 @@ class Answer(ABC):
         }
         self._seen = [False] * len(prepared.jobs)
         self._tokens = [0] * len(prepared.jobs)
+        self._copies = len(prepared.jobs) // len(prepared.prompts)
         self._cached = 0
         self._migrations = 0
 
@@ -101,7 +102,9 @@ class Answer(ABC):
         self._tokens[event.index] += len(event.token_ids)
 
     def _end(self, event: Finished) -> None:
-        self._cached += event.cached_tokens
+        # A prompt counts once, however many completions it has, and so does what a cache held of it.
+        if event.index % self._copies == 0:
+            self._cached += event.cached_tokens
         self._migrations += event.migrations
 
     def _usage(self) -> dict[str, Any]:
