@@ -60,6 +60,7 @@ def test_every_field_survives_the_wire() -> None:
         (StopConditions, {"stop_strings": ("x",) * 17}, "stop"),
         (StopConditions, {"stop_token_ids": (0,) * 257}, "stop_token_ids"),
         (Slo, {"ttft": 0.0}, "slo.ttft"),
+        (Slo, {"ttft": 1e-310}, "slo.ttft"),
         (Slo, {"tpot": float("nan")}, "slo.tpot"),
     ],
 )

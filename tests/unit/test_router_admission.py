@@ -12,7 +12,7 @@ from hma_serve.core.errors import ContextLengthExceeded, DeadlineExceeded, Unava
 from hma_serve.core.worker import WorkerRole
 from hma_serve.router.admission import Admission, Claim, Held, QueueFull, Shed, WaitedTooLong, WouldWaitTooLong
 from hma_serve.router.fleet import Fleet, Load, WorkerView
-from hma_serve.router.placement import RECOVERY_SECONDS, Demand, Placement
+from hma_serve.router.placement import RECOVERY_SECONDS, Demand, Placement, Reject, place
 from support.fake_workers import WINDOW, fake_worker
 from support.virtual_loop import START, virtual
 
@@ -124,6 +124,28 @@ async def test_the_earliest_deadline_goes_first_and_priority_before_that() -> No
     first.release()
     await asyncio.gather(*tasks)
     assert order == ["important", "early", "early too", "late"]
+
+
+@virtual
+async def test_a_request_that_placement_fails_on_takes_nobody_with_it() -> None:
+    """Who tells of room follows a worker's load: an error there would end that for good."""
+    broken = Demand(20, 7)
+
+    def policy(demand: Demand, fleet: Fleet, now: float) -> Placement | Reject:
+        if demand is broken and not room.taken:
+            raise ZeroDivisionError
+        return place(demand, fleet, now)
+
+    room = Room(1)
+    admission = Admission(room, policy=policy)
+    first = await acquire(admission)
+    failing, behind = acquire(admission, broken), acquire(admission)
+    await settle()
+    first.release()
+    with pytest.raises(ZeroDivisionError):
+        await failing
+    (await behind).release()
+    assert admission.waiting == 0
 
 
 @virtual

@@ -26,6 +26,7 @@ MAX_STRUCTURE_BYTES = 256 << 10
 MAX_CHOICES = 4096
 MAX_TOKEN_ID = 2**32 - 1
 MAX_SEED = 2**64 - 1
+MIN_OBJECTIVE_SECONDS = 1e-6
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -301,7 +302,7 @@ class StopConditions:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Objectives of one request.
+    """Objectives of one request; at least a microsecond, so that how far one is missed stays a number.
 
     Attributes:
         ttft: Time to first token, seconds; None: no objective.
@@ -313,8 +314,11 @@ class Slo:
 
     def __post_init__(self) -> None:
         for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InvalidArgument(f"the {name} objective must be a positive number of seconds", field=f"slo.{name}")
+            if value is not None and not (math.isfinite(value) and value >= MIN_OBJECTIVE_SECONDS):
+                raise InvalidArgument(
+                    f"the {name} objective must be a number of seconds, {MIN_OBJECTIVE_SECONDS:g} or more",
+                    field=f"slo.{name}",
+                )
 
     def or_else(self, other: Slo) -> Slo:
         """With the other's objectives where there is none."""

@@ -256,7 +256,13 @@ class Admission:
             if turn.room.done():
                 queue.line.remove(waiter)
                 continue
-            outcome = self._place(turn.demand)
+            try:
+                outcome = self._place(turn.demand)
+            except Exception as exc:
+                # A bug is told to the request that shows it; whoever woke the queue goes on.
+                queue.line.remove(waiter)
+                turn.room.set_exception(exc)
+                continue
             if isinstance(outcome, Placement):
                 queue.line.serve(waiter)
                 queue.admitted(asyncio.get_running_loop().time())
