@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hma_serve.ipc import Arena, AsyncLink, LinkClosed, SlotPool, SyncLink, spawn_engine
+from hma_serve.ipc import Arena, AsyncLink, LinkClosed, SlotPool, SyncLink, SyncLinks, spawn_engine
 from hma_serve.ipc.link import MAX_MESSAGE
 from hma_serve.v1.common_pb2 import TokenIds
 
@@ -87,6 +87,46 @@ async def test_each_end_learns_that_the_other_is_gone() -> None:
     with pytest.raises(LinkClosed):
         engine.receive(1)
     engine.close()
+
+
+async def test_several_links_are_received_together_and_only_the_first_ones_end_counts() -> None:
+    fronts, engines = zip(*(pair() for _ in range(3)), strict=True)
+    for front in fronts:
+        await front.open()
+    links = SyncLinks(engines)
+    assert links.receive(0) == []
+    for index, front in enumerate(fronts):
+        await front.send(TokenIds(ids=[index]))
+        await front.send(TokenIds(ids=[index, index]))
+    received: list[TokenIds] = []
+    while len(received) < 6:
+        received += await asyncio.to_thread(links.receive, 5)
+    for index in range(3):
+        assert [len(message.ids) for message in received if message.ids[0] == index] == [1, 2]
+    await fronts[1].close()
+    await asyncio.to_thread(links.receive, 1)
+    links.send(1, TokenIds(ids=[7]))  # To nobody.
+    links.send(2, TokenIds(ids=[8]))
+    assert (await fronts[2].receive()).ids == [8]
+    await fronts[2].close()
+    links.send(2, TokenIds(ids=[9]))
+    links.send(2, TokenIds(ids=[9]))
+    await fronts[0].send(TokenIds(ids=[5]))
+    assert [message.ids[0] for message in await asyncio.to_thread(links.receive, 5)] == [5]
+    await fronts[0].close()
+    with pytest.raises(LinkClosed):
+        links.receive(5)
+    engines[0].close()
+
+
+def test_slots_of_a_pool_begin_where_it_is_told() -> None:
+    pool = SlotPool(2, first=4)
+    assert [pool.try_acquire(), pool.try_acquire(), pool.try_acquire()] == [4, 5, None]
+    with pytest.raises(ValueError, match="not taken"):
+        pool.release(0)
+    pool.release(5)
+    assert pool.statistics().slots == 2
+    assert pool.try_acquire() == 5
 
 
 def test_a_length_beyond_the_limit_ends_the_link_before_anything_is_allocated() -> None:

@@ -10,9 +10,10 @@ from hma_serve.ipc.engine_process import (
     EngineProcess,
     add_engine_arguments,
     attach_engine,
+    inherit,
     spawn_engine,
 )
-from hma_serve.ipc.link import AsyncLink, LinkClosed, SyncLink
+from hma_serve.ipc.link import AsyncLink, LinkClosed, SyncLink, SyncLinks
 
 __all__ = [
     "Arena",
@@ -23,7 +24,9 @@ __all__ = [
     "SlotPool",
     "SlotStatistics",
     "SyncLink",
+    "SyncLinks",
     "add_engine_arguments",
     "attach_engine",
+    "inherit",
     "spawn_engine",
 ]

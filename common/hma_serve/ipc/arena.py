@@ -93,14 +93,18 @@ class SlotStatistics:
 
 
 class SlotPool:
-    """Hands out slot indices, first come first served; used by the one process that owns the arena's slots.
+    """Hands out slot indices, first come first served; used by the one process that owns these slots of an arena.
 
     Confined to one event loop.
+
+    Args:
+        slots: How many.
+        first: Index of the first; those before belong to others.
     """
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._free = deque(range(slots))
+    def __init__(self, slots: int, first: int = 0) -> None:
+        self._slots = range(first, first + slots)
+        self._free = deque(self._slots)
         self._waiters: deque[asyncio.Future[int]] = deque()
 
     async def acquire(self) -> int:
@@ -128,7 +132,7 @@ class SlotPool:
         Raises:
             ValueError: The slot does not exist or is free already.
         """
-        if not 0 <= slot < self._slots or slot in self._free:
+        if slot not in self._slots or slot in self._free:
             raise ValueError(f"slot {slot} is not taken")
         while self._waiters:
             waiter = self._waiters.popleft()
@@ -139,4 +143,4 @@ class SlotPool:
 
     def statistics(self) -> SlotStatistics:
         """The pool's state now."""
-        return SlotStatistics(self._slots, len(self._free), len(self._waiters))
+        return SlotStatistics(len(self._slots), len(self._free), len(self._waiters))

@@ -1,8 +1,9 @@
 """The engine as a child process: started by a front, gone with it.
 
 The child gets one socket and, if wanted, one arena as inherited file descriptors, named on its command line by
-`--link-fd`, `--arena-fd`, `--arena-slots` and `--arena-slot-bytes`. The kernel kills it when the front's main thread
-dies (PR_SET_PDEATHSIG), and the link's end tells it of every other exit. Never a fork: gRPC may be running.
+`--link-fd`, `--arena-fd`, `--arena-slots` and `--arena-slot-bytes`, and whatever other sockets it is to have. The
+kernel kills it when the front's main thread dies (PR_SET_PDEATHSIG), and the link's end tells it of every other exit.
+Never a fork: gRPC may be running. A front's other helpers are started in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -57,7 +58,12 @@ class EngineProcess(Generic[Received]):
 
 
 async def spawn_engine(
-    module: str, argv: Sequence[str], *, receives: type[Received], arena: Arena | None = None
+    module: str,
+    argv: Sequence[str],
+    *,
+    receives: type[Received],
+    arena: Arena | None = None,
+    sockets: Mapping[str, Sequence[socket.socket]] | None = None,
 ) -> EngineProcess[Received]:
     """Starts `python -m module ARGV...` as the engine of this process and opens its link.
 
@@ -66,6 +72,7 @@ async def spawn_engine(
         argv: The engine's own arguments; those of link and arena are added.
         receives: Type of the messages that the engine sends.
         arena: Shared memory to hand over.
+        sockets: More to hand over, by the flag that says their descriptors, joined by commas; they stay open here.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     command = [sys.executable, "-m", module, *argv, "--link-fd", str(theirs.fileno())]
@@ -74,6 +81,10 @@ async def spawn_engine(
         command += ["--arena-fd", str(arena.fd), "--arena-slots", str(arena.slots)]
         command += ["--arena-slot-bytes", str(arena.slot_bytes)]
         inherited.append(arena.fd)
+    for flag, more in (sockets or {}).items():
+        numbers = [each.fileno() for each in more]
+        command += [flag, ",".join(map(str, numbers))]
+        inherited += numbers
     try:
         # The front handles the terminal's Ctrl-C and tells the engine when to leave.
         process = await asyncio.create_subprocess_exec(*command, pass_fds=inherited, process_group=0)
@@ -108,6 +119,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def attach_engine(args: argparse.Namespace, *, receives: type[Received]) -> EngineEndpoint[Received]:
     """Called first in the child: binds its life to the parent's and opens link and arena."""
+    sock, arena = inherit(args)
+    return EngineEndpoint(SyncLink(sock, receives), arena)
+
+
+def inherit(args: argparse.Namespace) -> tuple[socket.socket, Arena | None]:
+    """As `attach_engine`, for a child with an event loop: the link's socket and the arena."""
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or parent == 1:
@@ -118,4 +135,4 @@ def attach_engine(args: argparse.Namespace, *, receives: type[Received]) -> Engi
     arena = None
     if args.arena_fd is not None:
         arena = Arena.attach(args.arena_fd, args.arena_slots, args.arena_slot_bytes)
-    return EngineEndpoint(SyncLink(sock, receives), arena)
+    return sock, arena

@@ -1,4 +1,4 @@
-"""Length-prefixed protobuf messages over a Unix stream socket, one end on an event loop, the other in a plain loop.
+"""Length-prefixed protobuf messages over Unix stream sockets, one end on an event loop, the other in a plain loop.
 
 Frames are a 4-byte little-endian length and the serialised message. Messages are small (token ids, slot indices);
 payloads go through the arena. The sending side of `AsyncLink` waits when the socket is full, so a slow engine slows
@@ -11,7 +11,7 @@ import asyncio
 import select
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Generic, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -169,6 +169,10 @@ class SyncLink(Generic[Received]):
                 timeout = 0
         return messages
 
+    def fileno(self) -> int:
+        """Of the socket, to be polled."""
+        return self._sock.fileno()
+
     def _complete(self) -> list[Received]:
         messages: list[Received] = []
         start = 0
@@ -185,3 +189,62 @@ class SyncLink(Generic[Received]):
     def close(self) -> None:
         """Closes the socket."""
         self._sock.close()
+
+
+class SyncLinks(Generic[Received]):
+    """The engine's ends of several links, polled together.
+
+    The engine lives as long as the first. Another one that closes is let go, and what is sent to it is dropped.
+
+    Args:
+        links: The first is its front's.
+    """
+
+    def __init__(self, links: Sequence[SyncLink[Received]]) -> None:
+        self._links = dict(enumerate(links))
+        self._indices = {link.fileno(): index for index, link in self._links.items()}
+        self._poll = select.poll()
+        for number in self._indices:
+            self._poll.register(number, select.POLLIN)
+        self.count = len(links)
+
+    def send(self, index: int, *messages: Message) -> None:
+        """Sends messages in one write.
+
+        Raises:
+            LinkClosed: The first link is closed or stuck.
+        """
+        if (link := self._links.get(index)) is None:
+            return
+        try:
+            link.send(*messages)
+        except LinkClosed:
+            if index == 0:
+                raise
+            self._let_go(index)
+
+    def receive(self, timeout: float | None) -> list[Received]:
+        """All messages that are there, in order for each link.
+
+        Args:
+            timeout: Seconds to wait for a first message; 0 only looks, None waits for as long as it takes.
+
+        Raises:
+            LinkClosed: The first link is closed.
+        """
+        messages: list[Received] = []
+        for number, _ in self._poll.poll(None if timeout is None else timeout * 1000):
+            index = self._indices[number]
+            try:
+                messages += self._links[index].receive(0)
+            except LinkClosed:
+                if index == 0:
+                    raise
+                self._let_go(index)
+        return messages
+
+    def _let_go(self, index: int) -> None:
+        link = self._links.pop(index)
+        self._poll.unregister(link.fileno())
+        del self._indices[link.fileno()]
+        link.close()

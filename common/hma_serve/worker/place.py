@@ -58,6 +58,11 @@ class PlaceConfig:
         """
         return None if self.tls_dir is None else TlsConfig.in_directory(self.tls_dir)
 
+    @property
+    def advertises_port(self) -> bool:
+        """Whether `--advertise` names the port too, which then is not the bound one."""
+        return self.advertise is not None and _has_port(self.advertise)
+
     def advertised(self, bound: str) -> str:
         """The address that others use, given the bound one.
 
@@ -83,8 +88,11 @@ def advertised_address(bound: str, named: str | None) -> str | None:
     host, _, port = bound.rpartition(":")
     if named is None:
         return None if host in _ANY_ADDRESS else bound
-    has_port = named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
-    return named if has_port else f"{named}:{port}"
+    return named if _has_port(named) else f"{named}:{port}"
+
+
+def _has_port(named: str) -> bool:
+    return named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
 
 
 def require_at_least(least: Mapping[str, tuple[float | None, float]]) -> None:

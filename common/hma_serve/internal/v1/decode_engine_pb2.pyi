@@ -24,9 +24,11 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DecodeEngineCommand(_message.Message):
-    """Between the front and the engine process of one decode instance, over a Unix socket. Both come from one release, so
-    nothing here is a compatibility promise. Times are nanoseconds of CLOCK_MONOTONIC, which the processes share.
-    The engine is the sole authority on tickets and pages; the front has validated everything else.
+    """Between the front, the receivers and the engine process of one decode instance, over Unix sockets. All come from one
+    release, so nothing here is a compatibility promise. Times are nanoseconds of CLOCK_MONOTONIC, which the processes
+    share. The engine is the sole authority on tickets and pages; the front has validated everything else.
+    Each receiver speaks with the engine as the front does, of KV streams alone. Numbers of streams and pushes tell whose
+    they are: modulo the number of links they are the link's place, 0 being the front's.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -733,3 +735,85 @@ class DecodeEngineLoad(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DecodeEngineLoad: _TypeAlias = DecodeEngineLoad  # noqa: Y015
+
+@_typing.final
+class DecodeReceiverEvent(_message.Message):
+    """From a receiver to the front that started it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LISTENING_FIELD_NUMBER: _builtins.int
+    DIED_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    listening: _builtins.str
+    """host:port, bound. Sent once, first."""
+    @_builtins.property
+    def died(self) -> Global___DecodeDied:
+        """It cannot serve and leaves."""
+
+    @_builtins.property
+    def received(self) -> Global___DecodeReceived: ...
+    def __init__(
+        self,
+        *,
+        listening: _builtins.str = ...,
+        died: Global___DecodeDied | None = ...,
+        received: Global___DecodeReceived | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["died", b"died", "event", b"event", "listening", b"listening", "received", b"received"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["died", b"died", "event", b"event", "listening", b"listening", "received", b"received"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["listening", "died", "received"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DecodeReceiverEvent: _TypeAlias = DecodeReceiverEvent  # noqa: Y015
+
+@_typing.final
+class DecodeReceived(_message.Message):
+    """What has come since the last such message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RefusedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """Payloads that broke no rule."""
+    @_builtins.property
+    def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Streams by the broken rule or the error's code."""
+
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodeReceived: _TypeAlias = DecodeReceived  # noqa: Y015

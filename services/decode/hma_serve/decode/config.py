@@ -25,6 +25,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 _KV_SHARE_OF_MEMORY = 4
 _KV_BYTES_CAP = 4 << 30
 
+MOST_RECEIVERS = 16
+"""As many ports after its own a decode worker may be reached at."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig(PlaceConfig):
@@ -47,7 +50,8 @@ class DecodeConfig(PlaceConfig):
         step_tokens: Tokens that one step computes at most: how long a prompt may hold up the others.
         kv_lease: Seconds that a request waits for its KV without a sign of life.
         stall_timeout: Seconds to wait for a KV stream's first frame, and for its producer to read responses.
-        arena_slots: Shared buffers of 2 MiB that blocks pass through.
+        receivers: Processes that take KV in; 0: the one that answers requests does.
+        arena_slots: Shared buffers of 2 MiB that blocks pass through, for each process that takes KV in.
     """
 
     model: str
@@ -65,6 +69,7 @@ class DecodeConfig(PlaceConfig):
     step_tokens: int
     kv_lease: float
     stall_timeout: float
+    receivers: int
     arena_slots: int
 
     def __post_init__(self) -> None:
@@ -76,9 +81,19 @@ class DecodeConfig(PlaceConfig):
             "--step-tokens": (self.step_tokens, GROUP_TOKENS),
             "--kv-lease": (self.kv_lease, 0.1),
             "--stall-timeout": (self.stall_timeout, 0.1),
+            "--receivers": (self.receivers, 0),
             "--arena-slots": (self.arena_slots, 2),
         }
         require_at_least(least | self.least_of_place)
+        if self.receivers > MOST_RECEIVERS:
+            raise InvalidArgument(
+                f"--receivers must be at most {MOST_RECEIVERS}, not {self.receivers}", field="--receivers"
+            )
+        if self.receivers and self.advertises_port:
+            raise InvalidArgument(
+                "receivers listen on ports of their own: --advertise must name a host without a port",
+                field="--advertise",
+            )
 
     def memory_plan(self, model: ModelConfig, kv_bytes: int) -> MemoryPlan:
         """What the model needs of this machine's memory beside so much KV."""
@@ -173,7 +188,16 @@ def build_parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--stall-timeout", type=float, default=30.0, metavar="SECONDS", help="for a KV stream's first frame and reads"
     )
-    work.add_argument("--arena-slots", type=int, default=16, help="buffers of 2 MiB that KV passes through")
+    work.add_argument(
+        "--receivers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that take KV in, on the N ports after that of --listen; 0: the one that answers requests does",
+    )
+    work.add_argument(
+        "--arena-slots", type=int, default=16, help="buffers of 2 MiB that KV passes through, for each receiver"
+    )
     add_place_arguments(parser, listen="127.0.0.1:50071")
     return parser
 

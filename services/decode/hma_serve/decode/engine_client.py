@@ -1,4 +1,4 @@
-"""The front's side of the engine: commands in order, each stream's and push's events to whoever waits, death noticed.
+"""A front's or receiver's side of the engine: commands in order, events to whoever waits for them, death noticed.
 
 Commands are queued at once and written by one task, so a cancelled call can neither lose its close nor overtake its own
 admit. What is queued is bounded: calls by `MAX_QUEUED`, blocks by the arena's slots.
@@ -19,7 +19,7 @@ from typing import Any
 from hma_serve.core.error_detail import from_error_detail
 from hma_serve.core.errors import HmaError, Internal, ResourceExhausted, Unavailable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
-from hma_serve.ipc import EngineProcess, LinkClosed, SlotPool
+from hma_serve.ipc import AsyncLink, LinkClosed, SlotPool
 
 MAX_QUEUED = 4096
 """Commands that may wait for an engine in the middle of a step before new calls are refused."""
@@ -111,23 +111,27 @@ class EngineClient:
     """Speaks with one engine process; `run` must be running meanwhile.
 
     Args:
-        process: The engine.
+        link: To the engine, open.
         slots: Of the arena; each is released when the engine has emptied it.
         on_load: Told the engine's load.
+        place: Of the link among all that the engine has.
+        places: How many it has; it tells by a number modulo this whose a stream or push is.
     """
 
     def __init__(
         self,
-        process: EngineProcess[pb.DecodeEngineEvent],
+        link: AsyncLink[pb.DecodeEngineEvent],
         slots: SlotPool,
         *,
-        on_load: Callable[[pb.DecodeEngineLoad], None],
+        on_load: Callable[[pb.DecodeEngineLoad], None] = lambda load: None,
+        place: int = 0,
+        places: int = 1,
     ) -> None:
-        self._process = process
+        self._link = link
         self._slots = slots
         self._on_load = on_load
         self._commands: asyncio.Queue[pb.DecodeEngineCommand] = asyncio.Queue()
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(places + place, places)
         self._streams: dict[int, StreamMailbox] = {}
         self._pushes: dict[int, PushMailbox] = {}
         self._calls: dict[int, asyncio.Future[pb.DecodeTicketAnswer]] = {}
@@ -146,7 +150,7 @@ class EngineClient:
         """Moves commands and events until the engine is gone; fails what is open and returns why."""
         writer = asyncio.create_task(self._write())
         try:
-            async for event in self._process.link:
+            async for event in self._link:
                 self._dispatch(event)
         finally:
             writer.cancel()
@@ -250,7 +254,7 @@ class EngineClient:
     async def _write(self) -> None:
         with contextlib.suppress(LinkClosed):
             while True:
-                await self._process.link.send(await self._commands.get())
+                await self._link.send(await self._commands.get())
 
     def _dispatch(self, event: pb.DecodeEngineEvent) -> None:
         """Events of streams and pushes that are gone were on their way when they went."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from hma_serve.core.errors import FailedPrecondition, HmaError, Internal
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.commitment import FullCommitment, OverCommitment
 from hma_serve.decode.engine import Engine, EngineLimits
+from hma_serve.decode.engine_links import EngineLinks
 from hma_serve.decode.engine_parts import EngineParts, EngineSpec, open_cpu
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.sampling_batch import SamplingBatches
@@ -28,7 +30,7 @@ from hma_serve.decode.scheduler import Scheduler
 from hma_serve.decode.step_loop import StepLoop
 from hma_serve.decode.tickets import TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
-from hma_serve.ipc import Arena, EngineEndpoint, LinkClosed, add_engine_arguments, attach_engine
+from hma_serve.ipc import Arena, LinkClosed, add_engine_arguments, attach_engine
 from hma_serve.model import LoadLog
 from hma_serve.telemetry.logs import setup_logging
 
@@ -54,33 +56,39 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--log-format", required=True)
+    parser.add_argument("--receiver-fds", type=_sockets, default=(), help="sockets to the receivers, in their order")
     add_engine_arguments(parser)
     return parser
+
+
+def _sockets(numbers: str) -> list[socket.socket]:
+    return [socket.socket(fileno=int(number)) for number in numbers.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
     endpoint = attach_engine(args, receives=pb.DecodeEngineCommand)
+    links = EngineLinks(endpoint.link, args.receiver_fds)
     setup_logging("decode", args.log_format)
     torch.set_num_threads(args.threads)
     try:
-        _serve(_load(args, endpoint), endpoint)
+        if endpoint.arena is None:
+            raise Internal("the engine was started without an arena")
+        _serve(_load(args, endpoint.arena, links), links)
     except LinkClosed:
         return 0
     except HmaError as exc:
         _log.error("%s", exc.message)
-        endpoint.link.send(pb.DecodeEngineEvent(died=pb.DecodeDied(error=error_detail(exc))))
+        links.send(pb.DecodeEngineEvent(died=pb.DecodeDied(error=error_detail(exc))))
         return 1
     return 0
 
 
-def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineCommand]) -> Engine:
+def _load(args: argparse.Namespace, arena: Arena, links: EngineLinks) -> Engine:
     began = time.monotonic()
-    if endpoint.arena is None:
-        raise Internal("the engine was started without an arena")
     config = read_model_config(args.checkpoint)
-    parts = _parts(args, config, endpoint.arena)
+    parts = _parts(args, config, arena)
     eos = read_eos_token_ids(args.checkpoint)
     scheduler = Scheduler(max(args.step_tokens, args.max_running))
     batches = SamplingBatches(config.vocab_size, args.max_running, parts.sampling)
@@ -96,9 +104,9 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         steps=steps,
         grammars=GrammarQueue(GrammarCompiler(args.checkpoint, config.vocab_size, eos), args.max_running),
         limits=EngineLimits(args.max_running, frozenset(eos), config.vocab_size),
-        arena=endpoint.arena,
+        arena=arena,
         arrival_share=parts.arrival_share,
-        emit=endpoint.link.send,
+        emit=links.send,
     )
     ready = pb.DecodeReady(
         device=parts.device,
@@ -107,7 +115,7 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.DecodeEngineComm
         kv_capacity_tokens=parts.pool.capacity_tokens,
         kv_bytes=parts.pool.memory_bytes,
     )
-    endpoint.link.send(pb.DecodeEngineEvent(ready=ready))
+    links.send(pb.DecodeEngineEvent(ready=ready))
     return engine
 
 
@@ -140,10 +148,10 @@ def _k_offsets(args: argparse.Namespace, config: ModelConfig) -> torch.Tensor | 
     return torch.from_numpy(table.array(config.num_layers, config.num_kv_heads, config.head_dim)) if table else None
 
 
-def _serve(engine: Engine, endpoint: EngineEndpoint[pb.DecodeEngineCommand]) -> None:
+def _serve(engine: Engine, links: EngineLinks) -> None:
     patience: float | None = 0
     while True:
-        patience = engine.turn(endpoint.link.receive(patience))
+        patience = engine.turn(links.receive(patience))
 
 
 if __name__ == "__main__":

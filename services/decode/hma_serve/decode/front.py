@@ -7,7 +7,8 @@ when the task is cancelled. A slow caller holds up its own call alone; its token
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
@@ -41,7 +42,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._admission = admission
         self._load = load
         self._metrics = metrics
-        self.push_address = ""
+        self._push_addresses = itertools.cycle([""])
+
+    def receive_at(self, addresses: Sequence[str]) -> None:
+        """Says where producers push to: the tickets' streams are dealt out in turn.
+
+        A stream that goes on in another call comes to the same address, as its ticket has one.
+        """
+        self._push_addresses = itertools.cycle(addresses)
 
     async def Generate(  # noqa: N802
         self, request: decode_pb2.DecodeGenerateRequest, context: _Context
@@ -88,7 +96,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         return decode_pb2.Ticket(
             nonce=admitted.nonce,
             epoch=epoch,
-            push_address=self.push_address,
+            push_address=next(self._push_addresses),
             lease=_duration(admitted.lease_ns / 1e9),
             present_tokens=admitted.present_tokens,
             agreement=agreement,

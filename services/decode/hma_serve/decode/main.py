@@ -23,6 +23,7 @@ from hma_serve.decode.front import DecodeServicer
 from hma_serve.decode.load import Load
 from hma_serve.decode.receiver import SERVICE as KV_TRANSFER
 from hma_serve.decode.receiver import Receiver, ReceiverParts
+from hma_serve.decode.receivers import EngineSockets, MetricsTally, running_receivers
 from hma_serve.decode.served_model import ServedModel, read_served_model
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.ipc import Arena, SlotPool, spawn_engine
@@ -38,7 +39,7 @@ __all__ = ["build_parser", "main"]
 
 ENGINE_MODULE = "hma_serve.decode.engine_main"
 _VENDORS = {"cpu": "cpu", "cuda": "nvidia"}
-SERVICES = ("hma_serve.v1.Decode", KV_TRANSFER, "hma_serve.v1.Worker")
+SERVICES = ("hma_serve.v1.Decode", "hma_serve.v1.Worker")
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class _Worker:
         self._stack = stack
         self._load = Load()
         self._metrics = decode_metrics()
+        self._tally = MetricsTally(self._metrics)
         self._front = WorkerFront(
             WorkerRole.DECODE,
             config,
@@ -81,16 +83,21 @@ class _Worker:
         model = await asyncio.to_thread(
             read_served_model, config.model, config.max_model_len, config.k_offsets, config.codecs
         )
-        arena = stack.enter_context(Arena.create(config.arena_slots, MAX_MESSAGE_BYTES))
-        slots = SlotPool(config.arena_slots)
-        engine, engine_end = await stack.enter_async_context(self._engine(model, arena, slots))
+        arena = stack.enter_context(Arena.create(config.arena_slots * max(1, config.receivers), MAX_MESSAGE_BYTES))
+        slots = SlotPool(0 if config.receivers else config.arena_slots)
+        sockets = stack.enter_context(contextlib.closing(EngineSockets(config.receivers)))
+        engine, end = await stack.enter_async_context(self._engine(model, arena, slots, sockets))
+        addresses: Sequence[str] = ()
+        if config.receivers:
+            running = await stack.enter_async_context(running_receivers(config, model, arena, sockets, self._tally))
+            addresses, end = running.addresses, asyncio.create_task(_first_end(end, running.end))
         ready = await engine.ready()
         self._load.kv_capacity_tokens = ready.kv_capacity_tokens
         _show_load(self._metrics, self._load)
         servicer, server = self._services(model, engine, arena, slots)
         address = await self._front.listen(server, engine.fail_streams)
         info = self._info(model, address, http_address, ready)
-        servicer.push_address = info.address
+        servicer.receive_at(addresses or [info.address])
         await self._front.register(info)
         _log.info(
             "serving %s in %s: gRPC %s, HTTP %s; KV for %d tokens in %.1f MiB",
@@ -101,7 +108,7 @@ class _Worker:
             ready.kv_capacity_tokens,
             ready.kv_bytes / 2**20,
         )
-        return engine_end
+        return end
 
     async def leave(self) -> None:
         """Drains; the stack closes the rest."""
@@ -110,29 +117,31 @@ class _Worker:
     def _services(
         self, model: ServedModel, engine: EngineClient, arena: Arena, slots: SlotPool
     ) -> tuple[DecodeServicer, GrpcServer]:
-        """Decode and KvTransfer on a server that does not listen yet."""
+        """Decode, and KvTransfer unless receivers have it, on a server that does not listen yet."""
         config = self._config
-        server = GrpcServer("decode", config.listen, SERVICES, tls=config.tls())
+        services = SERVICES if config.receivers else (*SERVICES, KV_TRANSFER)
+        server = GrpcServer("decode", config.listen, services, tls=config.tls())
         admission = Admission(
             model.max_model_len, model.config.vocab_size, model.acceptance, model.support, config.share_prefixes
         )
         servicer = DecodeServicer(engine, admission, self._load, self._metrics)
         decode_pb2_grpc.add_DecodeServicer_to_server(servicer, server.server)
-        parts = ReceiverParts(
-            engine,
-            arena,
-            slots,
-            model.acceptance,
-            self._metrics,
-            stall_timeout=config.stall_timeout,
-            lease=config.kv_lease,
-        )
-        Receiver(parts).add_to(server.server)
+        if not config.receivers:
+            parts = ReceiverParts(
+                engine,
+                arena,
+                slots,
+                model.acceptance,
+                self._tally,
+                stall_timeout=config.stall_timeout,
+                lease=config.kv_lease,
+            )
+            Receiver(parts).add_to(server.server)
         return servicer, server
 
     @contextlib.asynccontextmanager
     async def _engine(
-        self, model: ServedModel, arena: Arena, slots: SlotPool
+        self, model: ServedModel, arena: Arena, slots: SlotPool, sockets: EngineSockets
     ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
         """The engine process and the task that speaks with it; both are over when the context is."""
         config = self._config
@@ -154,8 +163,11 @@ class _Worker:
         if config.k_offsets is not None:
             flags["--k-offsets"] = config.k_offsets
         argv = [str(part) for pair in flags.items() for part in pair]
-        process = await spawn_engine(ENGINE_MODULE, argv, receives=decode_engine_pb2.DecodeEngineEvent, arena=arena)
-        client = EngineClient(process, slots, on_load=self._take_load)
+        inherited = {"--receiver-fds": sockets.of_engine} if config.receivers else {}
+        process = await spawn_engine(
+            ENGINE_MODULE, argv, receives=decode_engine_pb2.DecodeEngineEvent, arena=arena, sockets=inherited
+        )
+        client = EngineClient(process.link, slots, on_load=self._take_load, places=1 + config.receivers)
         end = asyncio.create_task(client.run())
         try:
             yield client, end
@@ -205,6 +217,12 @@ def _kv_capacity(config: DecodeConfig, model: ServedModel) -> int:
     _log.info("memory: %s", plan)
     plan.check("choose a smaller model or lower --kv-capacity-tokens")
     return capacity
+
+
+async def _first_end(engine: asyncio.Task[HmaError], receivers: asyncio.Task[HmaError]) -> HmaError:
+    """Why the worker must leave; the engine's reason before a receiver's, which follows from it."""
+    await asyncio.wait((engine, receivers), return_when=asyncio.FIRST_COMPLETED)
+    return engine.result() if engine.done() else receivers.result()
 
 
 def _show_load(metrics: DecodeMetrics, load: Load) -> None:

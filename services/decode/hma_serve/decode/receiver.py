@@ -6,7 +6,7 @@ before any byte of it is copied, and nothing of a stream without a commit is eve
 lost may go on in another call (`landings.py`).
 
 Bounded everywhere: a producer may send what its credit allows and no more; credit grows with what is in pages, never
-falls, and all streams together share the arena; a frame in hand waits for a slot, which slows its stream and nobody
+falls, and all streams together share the slots; a frame in hand waits for a slot, which slows its stream and nobody
 else's for longer than a step. A producer may be silent for as long as its ticket lives, since it may serve others in
 between; one that is gone is found by keepalive, and the ticket's lease ends with the router's interest.
 """
@@ -18,7 +18,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -42,7 +42,6 @@ from hma_serve.kvblock import (
     validate_manifest,
 )
 from hma_serve.rpc import error_detail
-from hma_serve.telemetry.metrics import DecodeMetrics
 from hma_serve.telemetry.spans import KV_RECEIVE
 from hma_serve.telemetry.tracing import Span, SpanKind, Trace
 from hma_serve.v1 import kv_block_pb2, kv_transfer_pb2
@@ -63,6 +62,18 @@ _TICKET_RULES = {
 }
 
 
+class Tally(Protocol):
+    """Counts what came."""
+
+    def received(self, payload_bytes: int) -> None:
+        """A block that broke no rule."""
+        ...
+
+    def refused(self, reason: str) -> None:
+        """A stream, by the broken rule or the error's code."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ReceiverParts:
     """What every stream shares.
@@ -70,9 +81,9 @@ class ReceiverParts:
     Attributes:
         engine: Owner of tickets and pages.
         arena: Where blocks wait for the engine.
-        slots: Of the arena.
+        slots: Those of the arena that are this receiver's.
         acceptance: What a manifest must match.
-        metrics: What is counted.
+        tally: What is counted.
         stall_timeout: Seconds to wait for a stream's first frame, for the engine, and for a producer to read.
         lease: Seconds that a stream without a connection may be resumed.
     """
@@ -81,7 +92,7 @@ class ReceiverParts:
     arena: Arena
     slots: SlotPool
     acceptance: Acceptance
-    metrics: DecodeMetrics
+    tally: Tally
     stall_timeout: float
     lease: float
 
@@ -122,11 +133,12 @@ class Receiver:
         await _drain(context)
 
     def _window(self) -> int:
-        """Bytes that one stream may have under way: its share of the arena, but always one message."""
-        return max(MAX_MESSAGE_BYTES, self._parts.arena.slots * self._parts.arena.slot_bytes // max(1, self._active))
+        """Bytes that one stream may have under way: its share of the slots, but always one message."""
+        slots = self._parts.slots.statistics().slots
+        return max(MAX_MESSAGE_BYTES, slots * self._parts.arena.slot_bytes // max(1, self._active))
 
     async def _refuse(self, responses: _Responses, error: HmaError, reason: str) -> None:
-        self._parts.metrics.pushes_refused.labels(reason).inc()
+        self._parts.tally.refused(reason)
         _log.warning("refused a KV stream: %s", error.message)
         # The producer may be gone, or read nothing.
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError, HmaError):
@@ -293,7 +305,7 @@ class _Push:
         units = block.groups()
         target = np.frombuffer(self._parts.arena.slot(slot, units.size), dtype=np.uint8)
         target.reshape(units.shape)[...] = units
-        self._parts.metrics.kv_received_bytes.inc(units.size)
+        self._parts.tally.received(units.size)
         stored = decode_engine_pb2.DecodeBlock(
             push=push,
             slot=slot,

@@ -1,0 +1,158 @@
+"""A decode worker whose KV comes in through processes of its own: `hma-serve decode --receivers N`."""
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc.aio
+import httpx
+import pytest
+
+from hma_serve.core.errors import InvalidArgument, Unavailable
+from hma_serve.decode.config import build_parser, config_of
+from hma_serve.v1 import decode_pb2
+from support.cluster import alive, descendants
+from support.decode_worker import (
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    WINDOW,
+    Client,
+    Worker,
+    by_transformers,
+    connected,
+    emitted,
+    first,
+    packed_kv,
+    prompt,
+    refusal,
+    refused_push,
+    rest,
+    running_worker,
+)
+from support.tiny_qwen3 import make_tiny_checkpoint
+
+RECEIVERS = 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "tiny",
+        layers=LAYERS,
+        heads=8,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab=VOCAB,
+        max_position_embeddings=WINDOW,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(checkpoint: Path) -> Iterator[Worker]:
+    # Two slots each, fewer than the blocks of a prompt: slots must come back to whom they belong.
+    with running_worker(checkpoint, "--receivers", str(RECEIVERS), "--arena-slots", "2") as made:
+        yield made
+
+
+@pytest.fixture
+async def client(worker: Worker, checkpoint: Path) -> AsyncIterator[Client]:
+    async with connected(worker, checkpoint) as made:
+        yield made
+        await made.idle()
+
+
+async def through_receiver(client: Client, request: decode_pb2.DecodeGenerateRequest) -> tuple[str, list[int]]:
+    """Both legs of a request, KV to where the ticket says; that address and the tokens."""
+    tokens = request.prompt_token_ids[: request.packed_tokens]
+    packed_kv(client.checkpoint, "f32", tuple(tokens))
+    call = client.decode.Generate(request, timeout=60)
+    ticket = (await first(call)).ticket
+    async with grpc.aio.insecure_channel(ticket.push_address) as channel:
+        await Client(channel, client.checkpoint).push(tokens, ticket)
+    return ticket.push_address, emitted(await rest(call))
+
+
+def receivers(worker: Worker) -> list[int]:
+    """Process ids."""
+    return [
+        pid
+        for pid in descendants(worker.process.pid)
+        if b"hma_serve.decode.receiver_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+async def metric(worker: Worker, name: str) -> float:
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"http://{worker.http}/metrics")).text
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+
+async def grown_to(worker: Worker, name: str, value: float) -> None:
+    for _ in range(400):
+        if await metric(worker, name) >= value:
+            break
+        await asyncio.sleep(0.05)
+    assert await metric(worker, name) == value
+
+
+async def test_streams_are_dealt_out_over_all_receivers_and_their_kv_is_read(
+    client: Client, worker: Worker, checkpoint: Path
+) -> None:
+    before = await metric(worker, "hma_decode_kv_received_bytes_total")
+    prompts = [prompt(257, seed) for seed in range(6)]
+    requests = [client.request(tokens, 256) for tokens in prompts]
+    found = await asyncio.gather(*(through_receiver(client, request) for request in requests))
+    addresses = {address for address, _ in found}
+    assert len(addresses) == RECEIVERS
+    assert worker.address not in addresses
+    assert [tokens for _, tokens in found] == by_transformers(checkpoint, prompts)
+    payload = len(prompts) * 2 * LAYERS * KV_HEADS * 256 * HEAD_DIM * 4
+    await grown_to(worker, "hma_decode_kv_received_bytes_total", before + payload)
+
+
+async def test_a_refusal_is_counted_by_the_front(client: Client, worker: Worker) -> None:
+    before = await metric(worker, "hma_decode_pushes_refused_total")
+    call = client.decode.Generate(client.request(prompt(65), 64), timeout=60)
+    ticket = (await first(call)).ticket
+    async with grpc.aio.insecure_channel(ticket.push_address) as channel:
+        await refused_push(Client(channel, client.checkpoint).push(prompt(64), ticket, epoch=7))
+    call.cancel()
+    await grown_to(worker, "hma_decode_pushes_refused_total", before + 1)
+
+
+async def test_a_worker_that_loses_a_receiver_finishes_what_runs_and_leaves(checkpoint: Path) -> None:
+    with running_worker(checkpoint, "--receivers", "2") as broken:
+        processes = descendants(broken.process.pid)
+        async with connected(broken, checkpoint) as client:
+            call = client.decode.Generate(client.request(prompt(5), max_tokens=400), timeout=60)
+            assert (await first(call)).HasField("ticket")
+            os.kill(receivers(broken)[1], signal.SIGKILL)
+            assert len(emitted(await rest(call))) == 400
+            error = await refusal(client.decode.Generate(client.request(prompt(5)), timeout=20).read())
+            assert isinstance(error, Unavailable)
+        assert broken.process.wait(20) not in (0, None)
+        assert "a receiver of KV is gone" in "".join(broken.lines)
+        assert not any(map(alive, processes))
+
+
+async def test_a_sigterm_ends_every_process_with_status_0(checkpoint: Path) -> None:
+    with running_worker(checkpoint, "--receivers", "2") as leaving:
+        processes = descendants(leaving.process.pid)
+        assert len(processes) == 1 + 2
+        leaving.process.send_signal(signal.SIGTERM)
+        assert leaving.process.wait(20) == 0
+        assert not any(map(alive, processes))
+
+
+def test_receivers_need_an_advertised_host_without_a_port() -> None:
+    arguments = ["--receivers", "2", "--advertise", "decode.example:50071"]
+    with pytest.raises(InvalidArgument, match="host without a port"):
+        config_of(build_parser().parse_args(arguments))
+    assert config_of(build_parser().parse_args([*arguments[:3], "decode.example"])).receivers == 2
+    with pytest.raises(InvalidArgument, match="at most 16"):
+        config_of(build_parser().parse_args(["--receivers", "17"]))
