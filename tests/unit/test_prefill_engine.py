@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from hma_serve import quant
 from hma_serve.checkpoint import read_model_config
 from hma_serve.core.errors import FailedPrecondition, Internal, InvalidArgument
-from hma_serve.ipc import Arena
+from hma_serve.internal.v1 import prefill_engine_pb2 as pb
+from hma_serve.ipc import Arena, LinkClosed
 from hma_serve.prefill import accelerators as accelerators_module
+from hma_serve.prefill import engine_main
 from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, KvStore, Segment, open_accelerator
 from hma_serve.prefill.accelerators import cpu as cpu_module
 from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv
@@ -251,6 +254,71 @@ def test_closing_ends_the_computation_and_frees_every_slot(make_bench: MakeBench
     assert len(bench.layers(1)) == 1
     assert bench.engine.idle
     assert bench.engine.free_slots == 4
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Of each layer that the accelerator computed: its number, and start and tokens of every segment."""
+    layers: list[tuple[int, list[tuple[int, int]]]] = []
+    whole = cpu_module.CpuAccelerator.run_layer
+
+    def run_layer(self: Any, layer: int, hidden: torch.Tensor, segments: Any) -> torch.Tensor:
+        layers.append((layer, [(part.start, part.tokens) for part in segments]))
+        return whole(self, layer, hidden, segments)
+
+    monkeypatch.setattr(cpu_module.CpuAccelerator, "run_layer", run_layer)
+    return layers
+
+
+class _LinkOf:
+    """An engine's end of the link, whose front returns slots at once and closes job 1 when some layers are done."""
+
+    def __init__(self, bench: EngineBench, close_after: int) -> None:
+        self._bench = bench
+        self._close_after = close_after
+        self._returned = 0
+
+    def receive(self, timeout: float | None) -> list[pb.PrefillEngineCommand]:
+        if self._bench.engine.idle:
+            raise LinkClosed
+        done = self._bench.layers(1)
+        assert timeout == 0 or not done, "the engine waits although it has work"
+        if len(done) >= self._close_after:
+            return [pb.PrefillEngineCommand(close=pb.PrefillClose(job=1))]
+        returned, self._returned = self._returned, len(done)
+        return [pb.PrefillEngineCommand(sent=pb.PrefillLayerSent(job=1))] * (len(done) - returned)
+
+
+@pytest.mark.parametrize("layers", range(1, 2 * LAYERS + 2))
+def test_the_process_hears_of_a_cancellation_after_every_layer_of_every_chunk(
+    make_bench: MakeBench, computed: list[tuple[int, list[tuple[int, int]]]], layers: int
+) -> None:
+    """Within a chunk no further layer of it is computed, and between two chunks the next one is not begun."""
+    bench = make_bench(chunk=64)
+    bench.submit(1, prompt(256))
+    link = _LinkOf(bench, layers)
+    with pytest.raises(LinkClosed):
+        engine_main._serve(bench.engine, SimpleNamespace(link=link))  # type: ignore[arg-type]
+    expected = [(number % LAYERS, [(number // LAYERS * 64, 64)]) for number in range(layers)]
+    assert computed == expected
+    assert bench.engine.free_slots == bench.arena.slots
+
+
+@pytest.mark.parametrize("layers", range(1, LAYERS))
+def test_a_cancelled_request_leaves_its_batch_within_a_chunk(
+    make_bench: MakeBench, computed: list[tuple[int, list[tuple[int, int]]]], layers: int
+) -> None:
+    bench = make_bench(chunk=128)
+    bench.submit(1, prompt(64), due_ns=1)
+    bench.submit(2, prompt(64, 2), due_ns=2)
+    for _ in range(layers):
+        assert bench.engine.step()
+        bench.sent(1)
+        bench.sent(2)
+    bench.close(1)
+    bench.run(2)
+    together, alone = [(0, 64), (0, 64)], [(0, 64)]
+    assert computed == [(number, together if number < layers else alone) for number in range(LAYERS)]
 
 
 def test_a_failing_computation_ends_its_own_request_alone(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import grpc
 import grpc.aio
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientResponse, ClientSession
 from google.protobuf.duration_pb2 import Duration
 
 from hma_serve.core.errors import (
@@ -22,14 +25,15 @@ from hma_serve.core.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from hma_serve.core.request import StopConditions
+from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.router import attempt
+from hma_serve.router.admission import Held
 from hma_serve.router.completion import CompletionRequest, Started
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
 from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.pipeline import Pipeline
-from hma_serve.rpc import GrpcServer
+from hma_serve.rpc import ChannelCache, GrpcServer
 from hma_serve.telemetry.http import serve_app
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
 from support.fake_fleet import LONG, SHORT, TOKENS, request, running_fleet, token_ids, tokens
@@ -40,6 +44,29 @@ async def test_without_trouble_one_attempt_is_made() -> None:
     async with running_fleet() as (fleet, pipeline):
         assert await tokens(pipeline, request()) == list(LONG[:TOKENS])
         assert fleet.calls() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("waited", "most"), [(0, 600), (400, 200), (1000, 0)])
+async def test_workers_are_told_what_is_left_of_the_time_to_the_first_token(waited: int, most: int) -> None:
+    """Otherwise those that waited here would seem less urgent there than those that have just come."""
+    now = asyncio.get_running_loop().time()
+    job = attempt.Job(
+        request_id="r",
+        model="m",
+        prompt=LONG,
+        max_tokens=TOKENS,
+        sampling=SamplingParams(),
+        stop=StopConditions(),
+        arrived=now - waited,
+        deadline=now + 60,
+        slo=Slo(ttft=600, tpot=0.5),
+    )
+    held = cast(Held, SimpleNamespace(placement=None))
+    told = attempt.Attempt(job, held, 1, ChannelCache())._context().slo
+    assert max(0, most - 100) <= told.ttft_seconds <= most
+    assert told.tpot_seconds == 0.5
+    without = attempt.Attempt(replace(job, slo=Slo()), held, 1, ChannelCache())._context().slo
+    assert not without.HasField("ttft_seconds")
 
 
 async def test_a_decode_that_fails_before_its_ticket_is_replaced() -> None:
@@ -237,7 +264,9 @@ async def test_an_http_client_that_disconnects_frees_both_workers(stage: str, st
                 # A response that is only dropped warns when it is collected, in whichever test that is.
                 response.close()
             call.cancel()
-            await asyncio.gather(call, return_exceptions=True)
+            (answer,) = await asyncio.gather(call, return_exceptions=True)
+            if isinstance(answer, ClientResponse):
+                answer.close()
         await fleet.until_idle()
         assert fleet.decodes[0].cancelled == 1
         await runner.cleanup()

@@ -135,7 +135,9 @@ class RequestContext(_message.Message):
     @_builtins.property
     def trace(self) -> Global___TraceContext: ...
     @_builtins.property
-    def slo(self) -> Global___Slo: ...
+    def slo(self) -> Global___Slo:
+        """What is left of the time to the first token when the call is made; 0 when it has passed."""
+
     def __init__(
         self,
         *,

@@ -265,9 +265,17 @@ class Attempt:
             epoch=self._epoch,
             tenant=job.tenant,
             priority=job.priority,
-            slo=job.slo.to_proto(),
+            slo=self._slo_left(),
             trace=self._trace.to_message(),
         )
+
+    def _slo_left(self) -> common_pb2.Slo:
+        """Objectives as from now on: the request has been waiting here, and workers serve the earliest due first."""
+        left = self._job.slo.to_proto()
+        if self._job.slo.ttft is not None:
+            waited = asyncio.get_running_loop().time() - self._job.arrived
+            left.ttft_seconds = max(0.0, self._job.slo.ttft - waited)
+        return left
 
     def _decode_request(self) -> decode_pb2.DecodeGenerateRequest:
         job, prefill = self._job, self._placement.prefill
