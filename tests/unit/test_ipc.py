@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from hma_serve.core.errors import FailedPrecondition
 from hma_serve.ipc import Arena, AsyncLink, LinkClosed, SlotPool, SyncLink, SyncLinks, spawn_engine
 from hma_serve.ipc.link import MAX_MESSAGE
 from hma_serve.v1.common_pb2 import TokenIds
@@ -21,6 +22,14 @@ def test_both_mappings_of_an_arena_show_the_same_bytes() -> None:
 def test_an_arena_refuses_what_lies_outside(index: int, length: int) -> None:
     with Arena.create(slots=3, slot_bytes=4096) as arena, pytest.raises(IndexError):
         arena.slot(index, length)
+
+
+@pytest.mark.parametrize("slots", [1 << 40, 1 << 60])
+def test_more_memory_than_there_can_be_is_refused(slots: int) -> None:
+    files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FailedPrecondition, match=f"cannot share {slots} buffers"):
+        Arena.create(slots, 1 << 21)
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 async def test_slots_are_handed_out_in_turn_and_never_lost() -> None:

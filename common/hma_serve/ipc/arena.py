@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Self
 
+from hma_serve.core.errors import FailedPrecondition
+
 
 class Arena:
     """`slots` buffers of `slot_bytes` each, visible to both processes.
@@ -31,10 +33,18 @@ class Arena:
 
     @classmethod
     def create(cls, slots: int, slot_bytes: int) -> Arena:
-        """Makes new shared memory of `slots * slot_bytes` bytes."""
+        """Makes new shared memory of `slots * slot_bytes` bytes.
+
+        Raises:
+            FailedPrecondition: The machine cannot address so much.
+        """
         fd = os.memfd_create("hma-serve-arena", os.MFD_CLOEXEC)
-        os.ftruncate(fd, slots * slot_bytes)
-        return cls(fd, slots, slot_bytes)
+        try:
+            os.ftruncate(fd, slots * slot_bytes)
+            return cls(fd, slots, slot_bytes)
+        except (OSError, OverflowError) as exc:
+            os.close(fd)
+            raise FailedPrecondition(f"cannot share {slots} buffers of {slot_bytes} bytes with the engine") from exc
 
     @classmethod
     def attach(cls, fd: int, slots: int, slot_bytes: int) -> Arena:

@@ -11,8 +11,6 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
 
-DEFAULT_PREFIX_CACHE_BYTES = 1 << 30
-
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig(PlaceConfig):
@@ -30,8 +28,8 @@ class PrefillConfig(PlaceConfig):
         max_model_len: Longest prompt part taken, tokens; None: the model's window.
         max_running: Requests whose KV may be held at once.
         max_waiting: Requests that may wait before new ones are refused.
-        kv_capacity_tokens: Tokens whose KV may be held at once; None: the longest prompt times `max_running`.
-        prefix_cache_bytes: Host memory for the KV of prompts seen before; 0: none is kept.
+        kv_capacity_tokens: Tokens whose KV may be held at once; None: `max_running` longest prompts, if memory does.
+        prefix_cache_bytes: Host memory for the KV of prompts seen before; 0: none is kept; None: by free memory.
         overlap: `on`: a layer leaves while later ones are computed; `off`: all leave after the last, to compare.
         threads: Of the engine's arithmetic.
         stall_timeout: Seconds that decode may let one transfer wait for one thing.
@@ -51,7 +49,7 @@ class PrefillConfig(PlaceConfig):
     max_running: int
     max_waiting: int
     kv_capacity_tokens: int | None
-    prefix_cache_bytes: int
+    prefix_cache_bytes: int | None
     overlap: str
     threads: int
     stall_timeout: float
@@ -134,14 +132,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="requests that may wait before more are refused (default: %(default)s)",
     )
     work.add_argument(
-        "--kv-capacity-tokens", type=int, metavar="TOKENS", help="KV held at once; default: max-running longest prompts"
+        "--kv-capacity-tokens",
+        type=int,
+        metavar="TOKENS",
+        help="KV held at once; default: max-running longest prompts, if there is memory for them",
     )
     work.add_argument(
         "--prefix-cache-bytes",
         type=int,
-        default=DEFAULT_PREFIX_CACHE_BYTES,
         metavar="BYTES",
-        help="host memory for KV of prompts seen before, 0 for none (default: %(default)s)",
+        help="host memory for KV of prompts seen before, 0 for none; default: 1 GiB, if that is little of what is free",
     )
     work.add_argument(
         "--overlap",

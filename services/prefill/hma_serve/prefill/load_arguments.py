@@ -16,7 +16,7 @@ from hma_serve.prefill.profiles import find_profile
 _log = logging.getLogger(__name__)
 
 _NEEDED = ("checkpoint", "device", "profile", "threads", "log_format")
-_OPTIONAL = ("profiles", "k_offsets")
+_OPTIONAL = ("profiles", "k_offsets", "decoded_bytes")
 
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", required=True)
     parser.add_argument("--profiles", type=Path)
     parser.add_argument("--k-offsets", type=Path)
+    parser.add_argument("--decoded-bytes", type=int)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--log-format", required=True)
 
@@ -51,4 +52,5 @@ def spec_of(args: argparse.Namespace, shard: Shard = WHOLE) -> AcceleratorSpec:
         progress=LoadLog(_log) if shard.rank == 0 else None,
         shard=shard,
         k_offsets=read_k_offsets(args.k_offsets, model, model_fingerprint=None, profile=profile.name),
+        decoded_bytes=args.decoded_bytes,
     )

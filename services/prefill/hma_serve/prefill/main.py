@@ -16,11 +16,11 @@ from functools import partial
 
 from hma_serve.core.errors import HmaError
 from hma_serve.core.groups import GROUP_TOKENS
-from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.core.worker import DeviceInfo, KvSupport, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
 from hma_serve.ipc import Arena, spawn_engine
 from hma_serve.prefill.admission import Admission
+from hma_serve.prefill.capacity import decide_capacity
 from hma_serve.prefill.config import PrefillConfig, build_parser, config_of
 from hma_serve.prefill.engine_client import EngineClient
 from hma_serve.prefill.events import LayerEvents
@@ -40,8 +40,6 @@ __all__ = ["build_parser", "main"]
 
 ENGINE_MODULE = "hma_serve.prefill.engine_main"
 SERVICES = ("hma_serve.v1.Prefill", "hma_serve.v1.Worker")
-
-_COMPUTE_BYTES = {"f32": 4, "bf16": 2}
 
 _log = logging.getLogger(__name__)
 
@@ -159,32 +157,12 @@ def _admission(config: PrefillConfig, model: ServedModel) -> Admission:
     return Admission(model.max_tokens, model.config.vocab_size, config.max_running + config.max_waiting, model.support)
 
 
-def _kv_capacity(config: PrefillConfig, model: ServedModel) -> int:
-    return config.kv_capacity_tokens or config.max_running * model.max_tokens
-
-
-def _check_memory(config: PrefillConfig, model: ServedModel) -> None:
-    """Says what the model and one longest prompt need, and refuses what does not fit; other devices than ours know."""
-    if config.device != "cpu":
-        return
-    itemsize = _COMPUTE_BYTES[model.profile.compute]
-    plan = MemoryPlan(
-        weights=weight_bytes(model.config, itemsize, with_head=False),
-        kv=model.layout.layer_bytes(model.max_tokens) * model.config.num_layers,
-        workspace=workspace_bytes(model.config, itemsize, tokens=config.chunk_tokens),
-        available=available_memory(),
-        device="this machine",
-    )
-    _log.info("memory: %s", plan)
-    plan.check("choose a smaller model or --max-model-len")
-
-
 @contextlib.asynccontextmanager
 async def _engine(
     config: PrefillConfig, model: ServedModel, arena: Arena
 ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
     """The engine process and the task that speaks with it; both are over when the context is."""
-    _check_memory(config, model)
+    capacity = decide_capacity(config, model, available_memory())
     flags: dict[str, object] = {
         "--checkpoint": model.checkpoint,
         "--device": config.device,
@@ -193,14 +171,16 @@ async def _engine(
         "--layers-ahead": config.layers_ahead,
         "--max-running": config.max_running,
         "--max-waiting": config.max_waiting,
-        "--kv-capacity-tokens": _kv_capacity(config, model),
+        "--kv-capacity-tokens": capacity.kv_tokens,
         "--overlap": config.overlap,
-        "--prefix-cache-bytes": config.prefix_cache_bytes,
+        "--prefix-cache-bytes": capacity.prefix_cache_bytes,
         "--fingerprint": model.info.kv_fingerprint or model.fingerprint,
         "--threads": max(1, config.threads // config.tp),
         "--tp": config.tp,
         "--log-format": config.log_format,
     }
+    if capacity.decoded_bytes is not None:
+        flags["--decoded-bytes"] = capacity.decoded_bytes // config.tp
     if config.profiles is not None:
         flags["--profiles"] = config.profiles
     if config.k_offsets is not None:

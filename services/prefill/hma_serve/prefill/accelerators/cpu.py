@@ -22,7 +22,7 @@ from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import Profile
 
 DECODED_BYTES = 1 << 30
-"""Of decoded KV by default."""
+"""Of decoded KV, unless the spec says how many."""
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ class CpuAccelerator:
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
         self._k_offsets = offset_tensor(spec)
-        self._budget = DecodedBudget(spec.decoded_bytes or DECODED_BYTES)
+        self._budget = DecodedBudget(DECODED_BYTES if spec.decoded_bytes is None else spec.decoded_bytes)
         self._dtype = DTYPES[profile.compute]
         with contextlib.ExitStack() as stack:
             if weights is None:

@@ -55,7 +55,8 @@ class CudaAccelerator:
         self._layout = KvLayout.of(self.model, spec.profile)
         self._codecs = (quant.codec(spec.profile.k_codec), quant.codec(spec.profile.v_codec))
         left = require_room(self.model, spec.profile.weights, self._device)
-        self._budget = DecodedBudget(spec.decoded_bytes or min(DECODED_BYTES, left // 2))
+        room = min(DECODED_BYTES, left // 2) if spec.decoded_bytes is None else spec.decoded_bytes
+        self._budget = DecodedBudget(room)
         offsets = offset_tensor(spec)
         self._k_offsets = None if offsets is None else offsets.to(self._device)
         self._dtype = CODES[spec.profile.activations]
