@@ -16,6 +16,7 @@ from hma_serve.decode.config import build_parser as decode_parser
 from hma_serve.decode.config import config_of as decode_config
 from hma_serve.prefill.config import build_parser as prefill_parser
 from hma_serve.prefill.config import config_of as prefill_config
+from hma_serve.registry import Watcher, open_readable_store
 from hma_serve.router.config import parse_config as router_config
 from support.cluster import free_port
 from support.etcd_server import EtcdServer
@@ -97,7 +98,10 @@ def wait_until_ready(port: int, seconds: float = 90) -> None:
 
 @pytest.mark.timeout(300)
 def test_the_commands_serve_from_environments_of_their_own_extras(tmp_path: Path) -> None:
-    """Router, prefill and decode, each exactly as the chart starts it, from its own extra's packages: one answer."""
+    """Router, prefill and decode, each exactly as the chart starts it, from its own extra's packages: one answer.
+
+    And `hma-serve top`, called in a router's pod, sees every one of them.
+    """
     http, ports = free_port(), [free_port() for _ in range(5)]
     values = {
         "router.ports.http": http,
@@ -129,6 +133,8 @@ def test_the_commands_serve_from_environments_of_their_own_extras(tmp_path: Path
                 "HOME": str(tmp_path),
             }
             stack.enter_context(started(container, program, environment, tmp_path / f"{role}.log"))
+            if role == "router":
+                looking = [str(program), "top", "--interval=0.2"]
         for port in (ports[4], ports[3], http):
             wait_until_ready(port)
         request = {"prompt": "The sea " * 40, "max_tokens": 4}
@@ -136,3 +142,11 @@ def test_the_commands_serve_from_environments_of_their_own_extras(tmp_path: Path
         logs = "\n".join((tmp_path / f"{role}.log").read_text()[-2000:] for role in by_role)
         assert answer.status_code == 200, f"{answer.text}\n{logs}"
         assert answer.json()["usage"]["completion_tokens"] == 4
+        look = subprocess.run(looking, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert "1 router, 1 prefill, 1 decode" in look.stdout, look.stderr
+        assert "no answer" not in look.stdout, look.stdout
+        with Watcher(open_readable_store(etcd.url)) as watcher:
+            assert watcher.wait_listed_blocking(10)
+            fleet = watcher.current
+        hosts = {one.http_address.rpartition(":")[0] for one in (*fleet.workers.values(), *fleet.routers.values())}
+        assert hosts == {"127.0.0.1"}  # POD_IP, not every interface of whoever asks

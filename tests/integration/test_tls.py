@@ -21,6 +21,7 @@ from hma_serve.core.errors import FailedPrecondition, HmaError, InvalidArgument
 from hma_serve.registry import Tls as EtcdTls
 from hma_serve.registry import Watcher, open_store
 from hma_serve.rpc import CA_FILE, CERTIFICATE_FILE, KEY_FILE, SERVICE_NAME, ChannelCache, GrpcServer, TlsConfig
+from hma_serve.worker import etcd_tls
 from support.cluster import Cluster, running_cluster
 from support.etcd_server import EtcdServer
 
@@ -209,6 +210,25 @@ def test_the_registrys_client_takes_up_replaced_certificates(tmp_path: Path) -> 
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         store.close()
+
+
+def test_an_etcd_may_have_an_authority_of_its_own(tmp_path: Path, directory: Path, stranger: Path) -> None:
+    """As a managed one has: with its certificates a worker registers there; the services' own are refused."""
+    theirs = EtcdTls(stranger / CA_FILE, stranger / CERTIFICATE_FILE, stranger / KEY_FILE)
+    own = TlsConfig.in_directory(directory)
+    with EtcdServer(tmp_path / "etcd", tls=theirs) as etcd:
+        for tls, accepted in ((etcd_tls(own, stranger), True), (etcd_tls(own), False)):
+            store = open_store(etcd.url, tls)
+            with contextlib.nullcontext() if accepted else pytest.raises(Unavailable):
+                store.check(2)
+            store.close()
+    alone = tmp_path / "authority-alone"
+    alone.mkdir()
+    (alone / CA_FILE).write_bytes((stranger / CA_FILE).read_bytes())
+    assert etcd_tls(None, alone) == EtcdTls(alone / CA_FILE)
+    (alone / CERTIFICATE_FILE).write_bytes(b"")
+    with pytest.raises(InvalidArgument, match="needs its key"):
+        etcd_tls(None, alone)
 
 
 def test_a_directory_without_certificates_is_named(tmp_path: Path) -> None:

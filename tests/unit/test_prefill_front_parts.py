@@ -170,6 +170,8 @@ def test_a_wrong_value_is_refused_with_its_flag(arguments: tuple[str, str]) -> N
         ("pod:9", "0.0.0.0:7", "pod:9"),
         ("[fd00::1]", "[::]:7", "[fd00::1]:7"),
         ("[fd00::1]:9", "[::]:7", "[fd00::1]:9"),
+        ("fd00::1", "[::]:7", "[fd00::1]:7"),
+        ("fd00::1:9", "[::]:7", "[fd00::1:9]:7"),
     ],
 )
 def test_the_advertised_address(advertise: str | None, bound: str, expected: str) -> None:

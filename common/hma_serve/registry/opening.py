@@ -26,7 +26,8 @@ def open_store(url: str, tls: Tls | None = None) -> Store:
     plain = [str(endpoint) for endpoint in endpoints if not endpoint.secure]
     if tls is not None and plain:
         raise InvalidArgument(
-            f"--tls-dir is given, but --etcd names {plain[0]}, which is not encrypted: write https://", field="--etcd"
+            f"TLS to etcd is asked for, but --etcd names {plain[0]}, which is not encrypted: write https://",
+            field="--etcd",
         )
     return EtcdStore(endpoints, tls)
 

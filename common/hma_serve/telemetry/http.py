@@ -60,7 +60,7 @@ async def serve_app(app: web.Application, listen: str) -> tuple[web.AppRunner, s
         shutdown_timeout=_SHUTDOWN_SECONDS,
     )
     await runner.setup()
-    site = web.TCPSite(runner, host or None, int(port), reuse_address=True, reuse_port=False)
+    site = web.TCPSite(runner, host.strip("[]") or None, int(port), reuse_address=True, reuse_port=False)
     try:
         await site.start()
     except OSError as exc:

@@ -11,6 +11,7 @@ from hma_serve.worker.lifecycle import Worker, run_worker
 from hma_serve.worker.load import WatchedLoad
 from hma_serve.worker.place import (
     PlaceConfig,
+    add_etcd_tls_argument,
     add_place_arguments,
     add_tls_argument,
     advertised_address,
@@ -29,6 +30,7 @@ __all__ = [
     "Worker",
     "WorkerFront",
     "WorkerServicer",
+    "add_etcd_tls_argument",
     "add_place_arguments",
     "add_tls_argument",
     "advertised_address",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 
 from hma_serve.core.errors import FailedPrecondition, HmaError
@@ -20,7 +21,7 @@ from hma_serve.telemetry.http import StatusServer
 from hma_serve.v1 import worker_pb2_grpc
 from hma_serve.worker.drain import Drain, DrainResult
 from hma_serve.worker.load import WatchedLoad
-from hma_serve.worker.place import PlaceConfig, etcd_tls
+from hma_serve.worker.place import PlaceConfig, etcd_tls, status_address
 from hma_serve.worker.servicer import WorkerServicer
 
 _STOP_SECONDS = 2.0
@@ -98,6 +99,7 @@ class WorkerFront:
 
     async def register(self, info: WorkerInfo) -> None:
         """Makes the worker known, in the registry if there is one; from now on it is ready."""
+        info = replace(info, http_address=status_address(info.http_address, info.address))
         if self._config.etcd is not None:
             self._session = await self._stack.enter_async_context(self._registration(self._config.etcd, info))
         self._listening_drain.registered(info, self._session)
@@ -125,7 +127,7 @@ class WorkerFront:
 
     @contextlib.asynccontextmanager
     async def _registration(self, etcd: str, info: WorkerInfo) -> AsyncIterator[Session]:
-        store = open_store(etcd, etcd_tls(self._config.tls()))
+        store = open_store(etcd, etcd_tls(self._config.tls(), self._config.etcd_tls_dir))
 
         def show(status: SessionStatus) -> None:
             self._show_registered(status.routable)

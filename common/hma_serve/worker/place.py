@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.registry import Tls
-from hma_serve.rpc import TlsConfig
+from hma_serve.rpc import CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsConfig
 
 _ANY_ADDRESS = ("0.0.0.0", "[::]", "")
 
@@ -27,6 +27,7 @@ class PlaceConfig:
         http_listen: host:port of /live, /ready and /metrics.
         price_per_hour: US dollars for the whole instance; 0: not stated.
         tls_dir: Certificates for mutual TLS on gRPC and to etcd; None: no encryption.
+        etcd_tls_dir: Certificates for an etcd of another authority; None: `tls_dir`.
         drain_grace: Seconds that running requests get after SIGTERM.
         log_format: `human` or `json`.
     """
@@ -38,6 +39,7 @@ class PlaceConfig:
     http_listen: str
     price_per_hour: float
     tls_dir: Path | None
+    etcd_tls_dir: Path | None
     drain_grace: float
     log_format: str
 
@@ -83,16 +85,35 @@ def advertised_address(bound: str, named: str | None) -> str | None:
 
     Args:
         bound: host:port.
-        named: host or host:port from the command line; None: as bound.
+        named: host or host:port from the command line, an IPv6 address alone also without brackets; None: as bound.
     """
     host, _, port = bound.rpartition(":")
     if named is None:
         return None if host in _ANY_ADDRESS else bound
+    if _is_bare_ipv6(named):
+        named = f"[{named}]"
     return named if _has_port(named) else f"{named}:{port}"
 
 
+def _is_bare_ipv6(named: str) -> bool:
+    """Without brackets, as Kubernetes gives a pod's address."""
+    return named.count(":") > 1 and not named.startswith("[")
+
+
 def _has_port(named: str) -> bool:
-    return named.rpartition(":")[2].isdigit() and not named.endswith("]") and (":" in named)
+    ends_in_one = named.rpartition(":")[2].isdigit() and not named.endswith("]") and ":" in named
+    return ends_in_one and not _is_bare_ipv6(named)
+
+
+def status_address(bound: str, advertised: str) -> str:
+    """Where others find the status port: on the advertised host if every interface is bound.
+
+    Args:
+        bound: host:port of the status port.
+        advertised: host:port of gRPC.
+    """
+    host, _, port = bound.rpartition(":")
+    return f"{advertised.rpartition(':')[0]}:{port}" if host in _ANY_ADDRESS else bound
 
 
 def require_at_least(least: Mapping[str, tuple[float | None, float]]) -> None:
@@ -148,6 +169,7 @@ def add_place_arguments(parser: argparse.ArgumentParser, *, listen: str) -> None
         help="of this worker; 0: not stated (default: %(default)s)",
     )
     add_tls_argument(place)
+    add_etcd_tls_argument(place)
     place.add_argument(
         "--drain-grace",
         type=float,
@@ -170,8 +192,28 @@ def add_tls_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def etcd_tls(tls: TlsConfig | None) -> Tls | None:
-    """The same certificates for the registry's client."""
+def add_etcd_tls_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds `--etcd-tls-dir`."""
+    parser.add_argument(
+        "--etcd-tls-dir",
+        type=Path,
+        metavar="DIR",
+        help="instead of --tls-dir's for an etcd of another authority: its ca.crt, and tls.crt and tls.key if it wants "
+        "a certificate",
+    )
+
+
+def etcd_tls(tls: TlsConfig | None, directory: Path | None = None) -> Tls | None:
+    """Certificates for the registry's client: those of `directory` if it is given, else the services' own.
+
+    Raises:
+        InvalidArgument: The directory holds no `ca.crt`, or one of certificate and key alone.
+    """
+    if directory is not None:
+        ca, certificate, key = (directory / name for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE))
+        files = Tls(ca, certificate if certificate.exists() else None, key if key.exists() else None)
+        files.credentials()
+        return files
     return None if tls is None else Tls(tls.ca, tls.certificate, tls.key)
 
 

@@ -24,7 +24,7 @@ from hma_serve.cli.top_view import Seen, render
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.registry import Watcher, open_readable_store
 from hma_serve.rpc import TlsConfig
-from hma_serve.worker import add_tls_argument, etcd_tls
+from hma_serve.worker import add_etcd_tls_argument, add_tls_argument, etcd_tls
 
 WINDOW_SECONDS = 10.0
 """What rates are taken over."""
@@ -46,6 +46,7 @@ class TopConfig:
     Attributes:
         registry: As for `hma-serve router --etcd`.
         tls_dir: Certificates for the registry; None: no encryption.
+        etcd_tls_dir: Certificates for a registry of another authority; None: `tls_dir`.
         routers: Base URLs of routers beside the registered ones.
         interval: Seconds between two looks.
         once: One look, without escape sequences.
@@ -53,6 +54,7 @@ class TopConfig:
 
     registry: str
     tls_dir: Path | None
+    etcd_tls_dir: Path | None
     routers: tuple[str, ...]
     interval: float
     once: bool
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="registry of the workers; file:PATH names a static list (environment: ETCD_ENDPOINTS)",
     )
     add_tls_argument(parser)
+    add_etcd_tls_argument(parser)
     parser.add_argument(
         "--router",
         action="append",
@@ -102,6 +105,7 @@ def parse_config(argv: Sequence[str] | None) -> TopConfig:
     return TopConfig(
         registry=args.etcd,
         tls_dir=args.tls_dir,
+        etcd_tls_dir=args.etcd_tls_dir,
         routers=tuple(routers),
         interval=args.interval,
         once=args.once or not sys.stdout.isatty(),
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     config = parse_config(argv)
     tls = None if config.tls_dir is None else TlsConfig.in_directory(config.tls_dir)
-    store = open_readable_store(config.registry, etcd_tls(tls))
+    store = open_readable_store(config.registry, etcd_tls(tls, config.etcd_tls_dir))
     try:
         with Watcher(store) as watcher, contextlib.suppress(KeyboardInterrupt):
             watcher.wait_listed_blocking(_LIST_SECONDS)

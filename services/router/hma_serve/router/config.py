@@ -13,7 +13,7 @@ from hma_serve.checkpoint import add_model_arguments
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import Slo
 from hma_serve.rpc import TlsConfig
-from hma_serve.worker import add_tls_argument
+from hma_serve.worker import add_etcd_tls_argument, add_tls_argument
 
 _MAX_PORT = 65535
 
@@ -45,6 +45,7 @@ class RouterConfig:
             one tenant.
         max_channels: Connections to workers that are kept open.
         tls_dir: Certificates for mutual TLS on gRPC and to etcd; None: no encryption.
+        etcd_tls_dir: Certificates for an etcd of another authority; None: `tls_dir`.
         drain_grace: Seconds that running requests get after SIGTERM.
         log_format: `human` or `json`.
     """
@@ -68,6 +69,7 @@ class RouterConfig:
     tenant_header: str = ""
     max_channels: int = 1024
     tls_dir: Path | None = None
+    etcd_tls_dir: Path | None = None
     drain_grace: float = 30.0
     log_format: str = "human"
 
@@ -148,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--registry-ttl", type=float, default=defaults.registry_ttl, metavar="SECONDS", help="lease in the registry"
     )
     add_tls_argument(place)
+    add_etcd_tls_argument(place)
     queue = parser.add_argument_group("queue")
     queue.add_argument(
         "--max-waiting", type=int, default=defaults.max_waiting, metavar="N", help="requests that may wait for workers"

@@ -96,7 +96,7 @@ async def _start(server: GrpcServer, listen: str) -> str:
 @asynccontextmanager
 async def _watching(config: RouterConfig) -> AsyncIterator[Watcher]:
     """The registry's watcher; closing it and its store blocks, so threads do that."""
-    store = open_readable_store(config.registry, etcd_tls(config.tls()))
+    store = open_readable_store(config.registry, etcd_tls(config.tls(), config.etcd_tls_dir))
     watcher = Watcher(store)
     watcher.start()
     try:
@@ -125,7 +125,7 @@ async def _registered(
         limits=WorkerLimits(model.max_positions, config.max_connections, config.max_waiting),
         http_address=f"{host}:{http_address.rpartition(':')[2]}",
     )
-    store = open_store(config.registry, etcd_tls(config.tls()))
+    store = open_store(config.registry, etcd_tls(config.tls(), config.etcd_tls_dir))
     session = Session(store, info, ttl=config.registry_ttl)
     session.start()
     try:
