@@ -1,11 +1,18 @@
 """What a decode worker makes of a request before its engine sees it."""
 
 import time
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
 
 from hma_serve.decode.admission import Admission
+from hma_serve.decode.front import DecodeServicer
+from hma_serve.decode.load import Load
 from hma_serve.kvblock import Acceptance
 from hma_serve.rpc import deadline_in
+from hma_serve.telemetry.metrics import decode_metrics
 from hma_serve.v1 import common_pb2, decode_pb2, kv_block_pb2
 
 
@@ -23,3 +30,17 @@ def test_the_engine_gives_up_with_the_call_or_at_the_moment_that_the_request_nam
     assert 0 < deadline_after(unnamed, 60.0) <= 60
     assert 0 < deadline_after(named, 60.0) <= 60
     assert 60 < deadline_after(named, None) <= 500
+
+
+async def test_a_bug_of_ours_is_counted_as_one() -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    registry, load = CollectorRegistry(), Load()
+    admission: Any = SimpleNamespace(check=broken)
+    servicer = DecodeServicer(cast(Any, None), admission, load, decode_metrics(registry))
+    context: Any = SimpleNamespace(time_remaining=lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        await anext(servicer.Generate(decode_pb2.DecodeGenerateRequest(), context))
+    assert registry.get_sample_value("hma_decode_requests_total", {"outcome": "internal"}) == 1.0
+    assert load.requests == 0

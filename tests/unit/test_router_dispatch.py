@@ -33,6 +33,7 @@ from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
 from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.pipeline import Pipeline
+from hma_serve.router.placement import Placement
 from hma_serve.rpc import ChannelCache, GrpcServer
 from hma_serve.telemetry.http import serve_app
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
@@ -205,6 +206,23 @@ async def test_the_deadline_ends_both_legs(prompt: tuple[int, ...]) -> None:
             await tokens(pipeline, request(prompt, timeout=0.1))
         await fleet.until_idle()
         assert fleet.calls() == [int(prompt is LONG), 0, 1, 0]
+
+
+async def test_a_bug_of_ours_is_counted_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Placement:
+        raise ZeroDivisionError
+
+    async with running_fleet() as (_, pipeline):
+        monkeypatch.setattr(pipeline.admission, "_policy", broken)
+        with pytest.raises(ZeroDivisionError):
+            await tokens(pipeline, request())
+        counted = {
+            sample.labels["outcome"]: sample.value
+            for metric in pipeline.metrics.requests.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+        assert counted == {"internal": 1.0}
 
 
 async def test_leaving_early_cancels_both_legs() -> None:

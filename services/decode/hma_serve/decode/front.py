@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
-from hma_serve.core.errors import Cancelled, HmaError, NotFound, Unavailable
+from hma_serve.core.errors import Cancelled, HmaError, Internal, NotFound, Unavailable
 from hma_serve.decode.admission import Admission
 from hma_serve.decode.engine_client import EngineClient
 from hma_serve.decode.load import Load
@@ -117,6 +117,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             yield outcome
         except HmaError as exc:
             outcome.append(exc.code)
+            raise
+        except Exception:
+            outcome.append(Internal.code)
             raise
         finally:
             self._load.stream_closed()

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hma_serve.core.errors import ContextLengthExceeded, HmaError, InvalidArgument, NotFound, Unavailable
+from hma_serve.core.errors import ContextLengthExceeded, HmaError, Internal, InvalidArgument, NotFound, Unavailable
 from hma_serve.core.request import MAX_SEED, SamplingParams, Slo, StopConditions
 from hma_serve.router.admission import Shed
 from hma_serve.router.attempt import Job
@@ -380,6 +380,9 @@ class Completions:
             outcome = exc.code
             if isinstance(exc, Shed):
                 self._metrics.shed.labels(exc.reason).inc()
+            raise
+        except Exception:
+            outcome = Internal.code
             raise
         finally:
             self._end(task)
