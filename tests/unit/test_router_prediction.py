@@ -127,6 +127,37 @@ def test_a_worker_that_has_measured_nothing_counts_as_the_fastest_and_so_gets_to
     assert names(outcome) == ("d", "new")
 
 
+# Fits of equal workers to steps of one request each: either may put everything into what the other leaves at 0.
+BY_TOKEN = replace(DECODE, token=8e-4, context=0.0, measurements=900)
+BY_CONTEXT = replace(DECODE, fixed=0.0, token=0.0, context=3e-5, measurements=30)
+
+
+@pytest.mark.parametrize("used", ["a", "b"])
+def test_workers_of_one_kind_take_turns_although_they_measured_differently(used: str) -> None:
+    views = (decode("a", Load(cost=BY_TOKEN)), decode("b", Load(cost=BY_CONTEXT)))
+    fleet = Fleet(decodes=tuple(replace(view, placed=int(view.info.instance == used)) for view in views))
+    assert names(placed(Demand(400, 30, Slo(100.0, 1.0)), fleet)) == ("b" if used == "a" else "a", None)
+
+
+def test_of_one_kind_the_slower_is_still_told_by_its_times() -> None:
+    throttled = Load(cost=replace(SLOWER, measurements=100), transfer=TRANSFER)
+    steady = Load(cost=replace(PREFILL, measurements=100), transfer=TRANSFER)
+    fleet = Fleet((prefill("slow", throttled), prefill("steady", steady, placed=9)), (decode(),))
+    assert names(placed(Demand(2000, 10, Slo(ttft=2.0)), fleet)) == ("d", "steady")
+    assert names(placed(Demand(2000, 10, Slo(ttft=0.5)), fleet)) == ("d", "steady")
+
+
+def test_a_worker_that_measured_little_counts_as_its_kind() -> None:
+    # Its only measurement was made while everything started.
+    once = Load(cost=replace(SLOWER, measurements=1), transfer=TRANSFER)
+    often = Load(cost=replace(PREFILL, measurements=100), transfer=TRANSFER)
+    fleet = Fleet((prefill("once", once), prefill("often", often, placed=9)), (decode(),))
+    assert names(placed(Demand(2000, 10, Slo(ttft=2.0)), fleet)) == ("d", "once")
+    # Of another kind, it is all that is known.
+    fleet = Fleet((prefill("once", once, profile="other"), prefill("often", often, placed=9)), (decode(),))
+    assert names(placed(Demand(2000, 10, Slo(ttft=2.0)), fleet)) == ("d", "often")
+
+
 LOCAL_FLEET = Fleet(
     (prefill(load=Load(cost=PREFILL, transfer=replace(TRANSFER, handoff=0.05))),),
     (decode(load=Load(cost=replace(DECODE, token=3e-4))),),

@@ -8,6 +8,7 @@ it, and nobody has to configure them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hma_serve.v1 import worker_pb2
@@ -57,6 +58,23 @@ class StepCost:
         if not self.step_tokens:
             return 1
         return math.ceil(tokens / max(1, self.step_tokens - beside))
+
+    @classmethod
+    def mean(cls, costs: Sequence[StepCost]) -> StepCost:
+        """What workers measured together: each coefficient's mean, the measurements counting; of at least one."""
+        total = sum(cost.measurements for cost in costs)
+
+        def mean(coefficient: Callable[[StepCost], float]) -> float:
+            return sum(coefficient(cost) * cost.measurements for cost in costs) / total
+
+        return cls(
+            fixed=mean(lambda cost: cost.fixed),
+            token=mean(lambda cost: cost.token),
+            context=mean(lambda cost: cost.context),
+            pair=mean(lambda cost: cost.pair),
+            step_tokens=costs[0].step_tokens,
+            measurements=total,
+        )
 
     @classmethod
     def from_proto(cls, message: worker_pb2.CostModel) -> StepCost:

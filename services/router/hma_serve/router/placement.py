@@ -5,7 +5,7 @@ Of all pairs with room that can read each other's KV, in this order:
 1. those with the fewest reservations: a worker that failed this very request, another profile than the one that its
    first tokens came from, a worker that has gone quiet;
 2. those predicted to meet the request's objectives, or else to miss them by the least factor;
-3. the cheapest in dollars, what is within 5 % counting as equal;
+3. the cheapest in dollars, what is within 5 % counting as equal, and so do workers of one kind;
 4. the one with the most headroom: below its objectives, in slots and in memory; then one whose KV need not be sent as
    BF16, unless it is much fuller; then the one used less.
 

@@ -7,9 +7,13 @@ each step and not its whole, so a full batch and an empty one cost the same and 
 
 Both halves are predicted once for each worker and then only added up for each pair.
 
-A worker that has not measured anything yet counts as the fastest measured one of its role: it gets work and so learns
-what it costs. A price that is not stated counts as the mean of those stated in the role; where none is, an hour of any
-worker costs the same.
+Dollars are those of the worker's *kind* (device, price and profile), which all of a kind measure together: what two
+equal workers measured differs by chance, and by chance alone one of them would get every request. That one of a kind is
+slower than the others shows in its times.
+
+A worker that has measured little counts as its kind, and one that has measured nothing as the fastest measured one of
+its role: it gets work and so learns what it costs. A price that is not stated counts as the mean of those stated in the
+role; where none is, an hour of any worker costs the same.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ EXPECTED_TOKENS = 256
 _HOUR = 3600.0
 _ANY_PRICE = 1.0
 _YARDSTICK_TOKENS = 1024
+# Steps that a worker must have measured before its own model is better than that of its kind.
+_ENOUGH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +137,26 @@ class Yardstick:
     """
 
     def __init__(self, views: Sequence[WorkerView]) -> None:
-        known = [cost for view in views if (cost := _cost(view)).known]
-        self._cost = min(known, key=lambda cost: cost.prompt(_YARDSTICK_TOKENS), default=StepCost())
+        kinds: dict[object, list[StepCost]] = {}
+        for view in views:
+            if (cost := _cost(view)).known:
+                kinds.setdefault(_kind(view), []).append(cost)
+        known = [cost for costs in kinds.values() for cost in costs]
+        self._fastest = min(known, key=lambda cost: cost.prompt(_YARDSTICK_TOKENS), default=StepCost())
+        self._kinds = {kind: StepCost.mean(costs) for kind, costs in kinds.items()}
         stated = [price for view in views if (price := view.info.device.price_per_hour) > 0]
         self._price = sum(stated) / len(stated) if stated else _ANY_PRICE
 
     def cost(self, view: WorkerView) -> StepCost:
-        """The worker's own model, or that of the fastest."""
+        """What the worker's steps take: by its own model, that of its kind, or that of the fastest."""
         own = _cost(view)
-        return own if own.known else self._cost
+        if own.measurements >= _ENOUGH:
+            return own
+        return self.kind_cost(view) if own.known else self._fastest
+
+    def kind_cost(self, view: WorkerView) -> StepCost:
+        """What steps take on workers of its kind."""
+        return self._kinds.get(_kind(view), self._fastest)
 
     def price(self, view: WorkerView) -> float:
         """Dollars of one second."""
@@ -164,8 +181,9 @@ def prefill_outlooks(
         cost = yardstick.cost(view)
         held = min(cached.get(view.info.instance, 0), work.packed)
         computing = cost.prompt(work.packed - held, before=held)
+        priced = yardstick.kind_cost(view).prompt(work.packed - held, before=held)
         transfer = view.load.transfer if view.load is not None else TransferCost()
-        dollars = computing * yardstick.price(view)
+        dollars = priced * yardstick.price(view)
         queue = _queue(view, cost, now)
         outlooks.append(PrefillOutlook(view, queue, computing, work.packed, transfer, dollars, cost.known))
     return outlooks
@@ -175,10 +193,11 @@ def decode_outlooks(views: Iterable[WorkerView], work: Work) -> list[DecodeOutlo
     """A request on each decode worker."""
     views = tuple(views)
     yardstick = Yardstick(views)
-    return [_decode_outlook(view, work, yardstick.cost(view), yardstick.price(view)) for view in views]
+    return [_decode_outlook(view, work, yardstick) for view in views]
 
 
-def _decode_outlook(view: WorkerView, work: Work, cost: StepCost, price: float) -> DecodeOutlook:
+def _decode_outlook(view: WorkerView, work: Work, yardstick: Yardstick) -> DecodeOutlook:
+    cost, priced, price = yardstick.cost(view), yardstick.kind_cost(view), yardstick.price(view)
     batch = view.requests
     context = (view.load.context_tokens if view.load else 0) + view.unreported.tokens
     step = cost.batch(batch, context)
@@ -188,16 +207,20 @@ def _decode_outlook(view: WorkerView, work: Work, cost: StepCost, price: float) 
     prompt_seconds = cost.backlog(0, work.prompt, attended_pairs(work.prompt))
     middle = work.prompt + work.expected / 2
     tpot = cost.batch(batch + 1, context + middle)
-    answer = work.expected * (cost.token + cost.context * middle)
+    answer = work.expected * (priced.token + priced.context * middle)
     return DecodeOutlook(
         view=view,
         first=1.5 * step + tail_seconds if batch else cost.fixed + tail_seconds,
         alone=0.5 * step + cost.steps(work.prompt, beside=batch) * max(step, cost.fixed) + prompt_seconds,
         tpot=tpot,
-        dollars=(answer + tail_seconds) * price,
-        alone_dollars=(answer + prompt_seconds) * price,
+        dollars=(answer + priced.backlog(0, tail, attended_pairs(tail, work.packed))) * price,
+        alone_dollars=(answer + priced.backlog(0, work.prompt, attended_pairs(work.prompt))) * price,
         measured=cost.known,
     )
+
+
+def _kind(view: WorkerView) -> object:
+    return view.info.device, view.info.profile
 
 
 def _cost(view: WorkerView) -> StepCost:
