@@ -354,6 +354,97 @@ async def test_a_tenant_that_comes_late_starts_level() -> None:
 
 
 @virtual
+async def test_both_lines_take_turns_where_decode_is_what_they_wait_for() -> None:
+    admission = Admission(Room(1))
+    seat = await acquire(admission)
+    waiters = [acquire(admission, demand) for demand in (SHORT, LONG, LONG, SHORT, LONG)]
+    await settle()
+    for waiter in waiters:
+        seat.release()
+        seat = await waiter
+    seat.release()
+
+
+def queue_up(admission: Admission, tenant: str, *, priority: int = 0) -> asyncio.Task[Held]:
+    claim = Claim(SHORT, START, LATER, priority=priority, tenant=tenant)
+    return asyncio.create_task(admission.acquire(claim))
+
+
+@virtual
+async def test_a_tenant_that_fills_the_queue_leaves_others_their_part() -> None:
+    admission = Admission(Room(1), max_waiting=4)
+    seat = await acquire(admission)
+    greedy = [queue_up(admission, "greedy") for _ in range(4)]
+    await settle()
+    modest = [queue_up(admission, "modest") for _ in range(3)]
+    await settle()
+    # Two each: nobody takes a place only to have as many as the other had.
+    with pytest.raises(QueueFull):
+        await modest[2]
+    for shed in greedy[2:]:
+        with pytest.raises(QueueFull, match="another request goes before this one"):
+            await shed
+    assert admission.waiting == 4
+    for waiter in (greedy[0], modest[0], greedy[1], modest[1]):
+        seat.release()
+        seat = await waiter
+    assert admission.waiting == 0
+
+
+@virtual
+async def test_a_higher_priority_takes_a_place_in_a_full_queue_and_an_equal_one_does_not() -> None:
+    admission = Admission(Room(1), max_waiting=2)
+    seat = await acquire(admission)
+    moving = asyncio.create_task(admission.acquire(Claim(SHORT, START, LATER, resumed=True)))
+    await settle()
+    low, same, high = (acquire(admission, priority=priority) for priority in (0, 0, 1))
+    with pytest.raises(QueueFull):
+        await same
+    with pytest.raises(QueueFull):
+        await low
+    # Who is in mid-sentence is displaced by nobody.
+    higher = acquire(admission, priority=2)
+    with pytest.raises(QueueFull):
+        await high
+    highest = acquire(admission, demand=LONG, priority=3)
+    with pytest.raises(QueueFull):
+        await higher
+    for waiter in (moving, highest):
+        seat.release()
+        seat = await waiter
+    assert admission.waiting == 0
+
+
+@virtual
+async def test_who_would_be_served_in_time_is_not_refused_for_others_that_wait_behind_it() -> None:
+    loop = asyncio.get_running_loop()
+    admission = Admission(Room(1), max_wait=30)
+
+    def ask(tenant: str, priority: int = 0) -> asyncio.Task[Held]:
+        now = loop.time()
+        return asyncio.create_task(admission.acquire(Claim(SHORT, now, now + 30, priority=priority, tenant=tenant)))
+
+    seat = await ask("greedy")
+    waiters = [ask("greedy") for _ in range(10)]
+    await settle()
+    for waiter in waiters[:9]:
+        await asyncio.sleep(2)
+        seat.release()
+        seat = await waiter
+    rest = [waiters[9], *(ask("greedy") for _ in range(15))]
+    await settle()
+    with pytest.raises(WouldWaitTooLong):
+        await ask("greedy")
+    welcome = [ask("modest"), ask("greedy", priority=1)]
+    await settle()
+    assert admission.waiting == len(rest) + 2
+    for task in (*rest, *welcome):
+        task.cancel()
+    await asyncio.gather(*rest, *welcome, return_exceptions=True)
+    seat.release()
+
+
+@virtual
 async def test_what_would_wait_too_long_is_told_so_at_once() -> None:
     loop = asyncio.get_running_loop()
     room = Room(1)

@@ -3,7 +3,9 @@
 A request that can be placed now never waits. One that cannot is queued until the fleet has room, and is shed when the
 queue is full, when it would certainly wait for longer than it may at the pace at which the queue moves, or when its
 time is up (overload: RESOURCE_EXHAUSTED, come back later), or when no worker that is alive could serve it
-(UNAVAILABLE). The queue is looked at after every change of the fleet and at no other time, so nothing polls.
+(UNAVAILABLE). A full queue is no privilege of those who filled it: who comes with a higher priority, or of a tenant
+that has less in it, takes the place of the last. The queue is looked at after every change of the fleet and at no other
+time, so nothing polls.
 
 Two lines are kept, one for requests that need a prefill worker and one for the others, because a full prefill pool
 must not hold up a prompt that only decode touches. Within a line (`line.py`) the order is strict: the first waits for
@@ -135,10 +137,9 @@ class _Queue:
             self._interval += (took - self._interval) * (_PACE_SMOOTHING if self._admitted > 1 else 1.0)
         self._last = now
 
-    @property
-    def wait(self) -> float:
-        """Seconds until the turn of one that came now; 0 while the pace is not known."""
-        return len(self.line) * self._interval if self._admitted >= _PACE_KNOWN_AFTER else 0.0
+    def wait(self, ahead: int) -> float:
+        """Seconds until so many got their turn; 0 while the pace is not known."""
+        return ahead * self._interval if self._admitted >= _PACE_KNOWN_AFTER else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,8 @@ class Admission:
             DeadlineExceeded: The deadline came first.
         """
         due = min(claim.deadline, claim.arrived + self._max_wait)
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         if now >= due:
             raise self._too_late(claim.deadline <= due)
         queue = self._pairs if claim.demand.packed_tokens else self._decode_only
@@ -202,34 +204,56 @@ class Admission:
             if outcome.why is not Why.BUSY:
                 raise _refusal(outcome)
             busy = outcome.message
+        waiter = self._waiter(claim, due)
         if not claim.resumed:
-            self._shed_early(queue, due - now, busy)
-        return await self._wait(queue, claim, due)
+            self._shed_early(queue, waiter, due - now, busy)
+        timer = loop.call_at(due, _give_up, waiter.payload, self._too_late(claim.deadline <= due))
+        try:
+            return await self._wait(queue, waiter)
+        finally:
+            timer.cancel()
 
-    def _shed_early(self, queue: _Queue, patience: float, busy: str) -> None:
-        """Says now what waiting would only say later."""
-        if self.waiting >= self._max_waiting:
-            retry = min(max(queue.wait, _RETRY_WHEN_FULL), _LONGEST_RETRY)
-            raise QueueFull(f"the queue is full ({busy}); try again later", retry_after=retry)
-        if queue.wait > patience:
-            raise WouldWaitTooLong(
-                f"{len(queue.line)} requests are ahead, about {queue.wait:.0f} s; this one may wait {patience:.0f} s",
-                retry_after=min(max(queue.wait - patience, _RETRY_WHEN_FULL), _LONGEST_RETRY),
-            )
-
-    async def _wait(self, queue: _Queue, claim: Claim, due: float) -> Held:
-        loop = asyncio.get_running_loop()
-        turn = _Turn(claim.demand, loop.create_future())
+    def _waiter(self, claim: Claim, due: float) -> Waiter[_Turn]:
         ttft = claim.demand.slo.ttft
-        waiter = Waiter(
+        return Waiter(
             rank=(0 if claim.resumed else 1, -claim.priority),
             urgent_by=due if ttft is None else min(due, claim.arrived + ttft),
             arrival=next(self._arrivals),
             tenant=claim.tenant,
             tokens=claim.demand.total_tokens,
-            payload=turn,
+            payload=_Turn(claim.demand, asyncio.get_running_loop().create_future()),
         )
-        timer = loop.call_at(due, _give_up, turn, self._too_late(claim.deadline <= due))
+
+    def _shed_early(self, queue: _Queue, newcomer: Waiter[_Turn], patience: float, busy: str) -> None:
+        """Says now what waiting would only say later."""
+        ahead = queue.line.ahead(newcomer)
+        wait = queue.wait(ahead)
+        if wait > patience:
+            raise WouldWaitTooLong(
+                f"{ahead} requests are ahead, about {wait:.0f} s; this one may wait {patience:.0f} s",
+                retry_after=min(max(wait - patience, _RETRY_WHEN_FULL), _LONGEST_RETRY),
+            )
+        if self.waiting >= self._max_waiting and not self._make_room(newcomer):
+            raise _full(busy, wait)
+
+    def _make_room(self, newcomer: Waiter[_Turn]) -> bool:
+        """Sheds who has less of a right to wait than the newcomer, if there is one."""
+        tails = [(last, queue) for queue in (self._pairs, self._decode_only) if (last := queue.line.last()) is not None]
+        victim, queue = max(tails, key=lambda tail: (tail[0].rank, self._of(tail[0].tenant)))
+        has_more = self._of(victim.tenant) > self._of(newcomer.tenant) + 1
+        if newcomer.rank > victim.rank or (newcomer.rank == victim.rank and not has_more):
+            return False
+        _give_up(victim.payload, _full("another request goes before this one", queue.wait(len(queue.line))))
+        queue.line.remove(victim)
+        self._serve(queue)
+        return True
+
+    def _of(self, tenant: str) -> int:
+        """How many of a tenant wait."""
+        return self._pairs.line.of(tenant) + self._decode_only.line.of(tenant)
+
+    async def _wait(self, queue: _Queue, waiter: Waiter[_Turn]) -> Held:
+        turn = waiter.payload
         queue.line.add(waiter)
         # It may have become the first in line, and may fit where the one behind it does not.
         self._serve(queue)
@@ -241,37 +265,48 @@ class Admission:
                 turn.room.result().release()
             raise
         finally:
-            timer.cancel()
             if queue.line.remove(waiter):
                 self._serve(queue)
 
     def _on_change(self) -> None:
-        self._serve(self._pairs)
-        self._serve(self._decode_only)
+        """Serves both lines; room on a decode worker is for whoever of both firsts is next."""
+        moving = [self._pairs, self._decode_only]
+        while moving:
+            queue = min(moving, key=_next_turn)
+            if not self._serve_first(queue):
+                moving.remove(queue)
 
     def _serve(self, queue: _Queue) -> None:
         """Places waiters in order until the first that has to go on waiting."""
-        while (waiter := queue.line.first()) is not None:
-            turn = waiter.payload
-            if turn.room.done():
-                queue.line.remove(waiter)
-                continue
-            try:
-                outcome = self._place(turn.demand)
-            except Exception as exc:
-                # A bug is told to the request that shows it; whoever woke the queue goes on.
-                queue.line.remove(waiter)
-                turn.room.set_exception(exc)
-                continue
-            if isinstance(outcome, Placement):
-                queue.line.serve(waiter)
-                queue.admitted(asyncio.get_running_loop().time())
-                turn.room.set_result(self._capacity.hold(outcome, turn.demand.prompt_tokens))
-            elif outcome.why is Why.BUSY:
-                return
-            else:
-                queue.line.remove(waiter)
-                turn.room.set_exception(_refusal(outcome))
+        while self._serve_first(queue):
+            pass
+
+    def _serve_first(self, queue: _Queue) -> bool:
+        """Places or refuses the first, if there is one; whether the next may be looked at."""
+        waiter = queue.line.first()
+        if waiter is None:
+            return False
+        turn = waiter.payload
+        if turn.room.done():
+            queue.line.remove(waiter)
+            return True
+        try:
+            outcome = self._place(turn.demand)
+        except Exception as exc:
+            # A bug is told to the request that shows it; whoever woke the queue goes on.
+            queue.line.remove(waiter)
+            turn.room.set_exception(exc)
+            return True
+        if isinstance(outcome, Placement):
+            queue.line.serve(waiter)
+            queue.admitted(asyncio.get_running_loop().time())
+            turn.room.set_result(self._capacity.hold(outcome, turn.demand.prompt_tokens))
+        elif outcome.why is Why.BUSY:
+            return False
+        else:
+            queue.line.remove(waiter)
+            turn.room.set_exception(_refusal(outcome))
+        return True
 
     def _place(self, demand: Demand) -> Placement | Reject:
         return self._policy(demand, self._capacity.fleet, asyncio.get_running_loop().time())
@@ -282,9 +317,20 @@ class Admission:
         return WaitedTooLong(f"no worker had room within {self._max_wait:g} s", retry_after=_RETRY_WHEN_FULL)
 
 
+def _next_turn(queue: _Queue) -> tuple[tuple[int, int], float, int]:
+    """When a line's first is to be served; an empty line comes at once and says that it is empty."""
+    first = queue.line.first()
+    return ((-1, 0), 0.0, 0) if first is None else (first.rank, first.urgent_by, first.arrival)
+
+
 def _give_up(turn: _Turn, error: HmaError) -> None:
     if not turn.room.done():
         turn.room.set_exception(error)
+
+
+def _full(why: str, wait: float) -> QueueFull:
+    retry = min(max(wait, _RETRY_WHEN_FULL), _LONGEST_RETRY)
+    return QueueFull(f"the queue is full ({why}); try again later", retry_after=retry)
 
 
 def _refusal(reject: Reject) -> HmaError:

@@ -8,7 +8,7 @@ level with the others, so nobody saves up; one tenant alone is served by deadlin
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -36,6 +36,10 @@ class Waiter(Generic[Payload]):
     payload: Payload = field(compare=False)
 
 
+def _rank(waiter: Waiter[Payload]) -> tuple[int, int]:
+    return waiter.rank
+
+
 class Line(Generic[Payload]):
     """Waiters, and the one that is next; bounded by whoever adds them."""
 
@@ -60,6 +64,27 @@ class Line(Generic[Payload]):
         heads = (waiters[0] for waiters in self._waiting.values())
         return min(heads, key=self._turn, default=None)
 
+    def last(self) -> Waiter[Payload] | None:
+        """The one that makes room in a full line: of the lowest rank, of who has most there, the last."""
+        tails = (waiters[-1] for waiters in self._waiting.values())
+        return max(tails, key=lambda waiter: (waiter.rank, self.of(waiter.tenant), waiter.urgent_by), default=None)
+
+    def of(self, tenant: str) -> int:
+        """How many of a tenant wait."""
+        return len(self._waiting.get(tenant, ()))
+
+    def ahead(self, waiter: Waiter[Payload]) -> int:
+        """How many may be served before a waiter that is not in line.
+
+        All of its own tenant and rank count, because others that come may be as urgent; tenants take equal turns.
+        """
+        better, equal = self._counts(waiter.tenant, waiter.rank)
+        before, turns = better + equal, equal + 1
+        for tenant in self._waiting.keys() - {waiter.tenant}:
+            better, equal = self._counts(tenant, waiter.rank)
+            before += better + min(equal, turns)
+        return before
+
     def serve(self, waiter: Waiter[Payload]) -> None:
         """Takes a waiter out because it got its room."""
         self._spent[waiter.tenant] += waiter.tokens
@@ -77,6 +102,12 @@ class Line(Generic[Payload]):
             del self._waiting[waiter.tenant]
             self._forget()
         return True
+
+    def _counts(self, tenant: str, rank: tuple[int, int]) -> tuple[int, int]:
+        """How many of a tenant have a better rank, and how many this one."""
+        waiters = self._waiting.get(tenant, [])
+        better = bisect_left(waiters, rank, key=_rank)
+        return better, bisect_right(waiters, rank, key=_rank) - better
 
     def _turn(self, waiter: Waiter[Payload]) -> tuple[tuple[int, int], int, float, int]:
         return waiter.rank, self._spent[waiter.tenant], waiter.urgent_by, waiter.arrival
