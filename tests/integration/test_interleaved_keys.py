@@ -5,6 +5,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import pytest
 
 from hma_serve.kvblock import channel_order, decode_frame, encode_frame
 from hma_serve.v1 import worker_pb2
@@ -46,7 +47,8 @@ def _turned(frames: list[bytes]) -> list[bytes]:
     return turned
 
 
-async def test_interleaved_and_half_split_keys_give_the_same_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["fused", "materialise"])
+async def test_interleaved_and_half_split_keys_give_the_same_tokens(tmp_path: Path, mode: str) -> None:
     checkpoint = make_tiny_checkpoint(
         tmp_path / "tiny",
         layers=LAYERS,
@@ -58,20 +60,32 @@ async def test_interleaved_and_half_split_keys_give_the_same_tokens(tmp_path: Pa
     )
     tokens = prompt(140)
     interleaved = KvRope(pairing=KV_ROPE_PAIRING_INTERLEAVED, theta=ROPE.theta)
-    with running_worker(checkpoint) as worker:
+    with running_worker(checkpoint, "--kv-mode", mode) as worker:
         async with connected(worker, checkpoint) as client:
             described = (await client.worker.Describe(worker_pb2.DescribeRequest())).worker
             assert list(described.rope_pairings) == [KV_ROPE_PAIRING_INTERLEAVED]  # which routers go by
 
-            async def other_order() -> list[int]:
+            async def other_order(*, negotiated: bool) -> list[int]:
                 request = client.request(tokens, 128)
                 request.offer.rope.CopyFrom(interleaved)
+                if negotiated:
+                    support = request.offer.support
+                    support.CopyFrom(described.kv)
+                    for name, said in (("k_codecs", [request.offer.k_codec]), ("v_codecs", [request.offer.v_codec])):
+                        support.ClearField(name)  # type: ignore[arg-type]
+                        getattr(support, name).extend(said)
+                    support.rope_pairings[:] = [KV_ROPE_PAIRING_INTERLEAVED]
                 call = client.decode.Generate(request, timeout=60)
                 ticket = await first(call)
+                assert ticket.ticket.agreement.rope_pairing == KV_ROPE_PAIRING_INTERLEAVED
                 await client.push(tokens[:128], ticket.ticket, change=_turned, rope=interleaved)
                 return emitted([ticket, *await rest(call)])
 
-            both = await asyncio.gather(other_order(), client.generate(client.request(tokens, 128)))  # in one batch
+            # In one batch.
+            told, negotiated, half_split = await asyncio.gather(
+                other_order(negotiated=False),
+                other_order(negotiated=True),
+                client.generate(client.request(tokens, 128)),
+            )
     right = by_transformers(checkpoint, [tokens])[0]
-    assert both[0] == right
-    assert emitted(both[1]) == right
+    assert told == negotiated == emitted(half_split) == right

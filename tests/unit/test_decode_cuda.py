@@ -7,8 +7,12 @@ import torch
 
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
-from hma_serve.decode.cuda import kv_capacity, open_cuda
+from hma_serve.decode.config import build_parser
+from hma_serve.decode.cuda import kv_capacity, open_cuda, stays_packed
 from hma_serve.decode.engine_parts import EngineSpec
+from hma_serve.decode.intake import Packed
+from hma_serve.quant import codec_names
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED, KvRopePairing
 
 CHECKPOINT = resolve_checkpoint("demo")
 CONFIG = read_model_config(CHECKPOINT)
@@ -51,3 +55,16 @@ def test_kv_takes_what_is_left_of_the_gpu() -> None:
 def test_what_does_not_fit_the_gpu_is_refused_with_the_arithmetic(asked: int) -> None:
     with pytest.raises(FailedPrecondition, match=r"weights .* \+ KV .* \+ workspace .* on a GPU"):
         kv_capacity(replace(SPEC, kv_capacity_tokens=asked), 1 << 30, "a GPU")
+
+
+@pytest.mark.parametrize("name", codec_names())
+def test_what_a_gpu_decodes_on_arrival_is_what_the_help_says(name: str) -> None:
+    def stays(k_codec: str, v_codec: str, pairing: KvRopePairing.ValueType = KV_ROPE_PAIRING_HALF_SPLIT) -> bool:
+        return stays_packed(Packed(k_codec, v_codec, pairing, 64))
+
+    said = " ".join(build_parser().format_help().split())
+    assert "a GPU decodes nvfp4, int4, f32 and KV whose keys are in interleaved RoPE channels in any case" in said
+    # BF16 pages are what decoding would give.
+    decoded = name.partition(".")[0] in ("nvfp4", "int4", "f32", "bf16")
+    assert stays(name, "tt_bfp8_b") is stays("tt_bfp8_b", name) is not decoded
+    assert not stays(name, name, KV_ROPE_PAIRING_INTERLEAVED)

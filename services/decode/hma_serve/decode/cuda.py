@@ -124,10 +124,13 @@ class CudaIntake:
         copied.synchronize()
 
     def _of(self, packed: Packed) -> FusedIntake | MaterialisedIntake:
-        read = packed_kind(packed.k_codec) is not None and packed_kind(packed.v_codec) is not None
-        if self._fused is not None and read and not packed.interleaved:
-            return self._fused
-        return self._materialised
+        return self._fused if self._fused is not None and stays_packed(packed) else self._materialised
+
+
+def stays_packed(packed: Packed) -> bool:
+    """Whether the attention kernel reads it as it came."""
+    read = packed_kind(packed.k_codec) is not None and packed_kind(packed.v_codec) is not None
+    return read and not packed.interleaved
 
 
 def _require_supported(spec: EngineSpec) -> None:
