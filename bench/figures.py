@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -57,14 +58,20 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 
 def provenance() -> str:
     """Commit, hardware and seed, for the head of every table."""
-    root = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     cpu = models[0].partition(":")[2].strip() if models else platform.machine()
-    commit = git.stdout.strip() or "unknown"
-    return f"commit {commit}, {os.cpu_count()} x {cpu}, Python {platform.python_version()}, seed {SEED}"
+    return f"commit {_commit()}, {os.cpu_count()} x {cpu}, Python {platform.python_version()}, seed {SEED}"
+
+
+def _commit() -> str:
+    """Of the checkout; a copy without one, or a machine without git, is told by $COMMIT."""
+    if told := os.environ.get("COMMIT"):
+        return told
+    describe = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(FileNotFoundError):
+        found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def show(title: str, figures: Sequence[Figure]) -> None:

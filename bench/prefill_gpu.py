@@ -7,6 +7,7 @@ its table last. Every candidate is timed in turn in one run, so drift of the clo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -14,12 +15,14 @@ import sys
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.figures import SEED, Figure, figure, ratios, show
+from bench.decode.timing import microseconds
+from bench.figures import SEED, Figure, figure, provenance, ratios, show
 from hma_serve import quant
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import tensor_shapes
@@ -28,6 +31,7 @@ from hma_serve.prefill.accelerators.causal import attend
 from hma_serve.prefill.accelerators.cpu import CpuAccelerator
 from hma_serve.prefill.accelerators.cuda import CudaAccelerator
 from hma_serve.prefill.kernels.quantize_rows import normed_rows, plain_rows, swiglu_rows
+from hma_serve.prefill.kernels.store_kv import store_kv
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.profiles import find_profile
 
@@ -202,12 +206,12 @@ def whole_prompts(name: str) -> list[Figure]:
     ids, weights = prompt(TOKENS, model.vocab_size), RandomWeights(model)
     devices = {profile: CudaAccelerator(spec(model, profile), weights) for profile in ("fp8_e4m3", "bf16", "int8")}
 
-    def run(profile: str, *, copy: bool = False) -> Callable[[], object]:
+    def run(profile: str, *, copy: bool = False, packed: bool = True) -> Callable[[], object]:
         device, layout = devices[profile], KvLayout.of(model, find_profile(profile))
         memory = bytearray(layout.layer_bytes(TOKENS) * 2)
         device.pin(memoryview(memory))
 
-        def work() -> None:
+        def layers() -> None:
             store, residual = device.new_store(TOKENS), device.embed(ids)
             for layer in range(model.num_layers):
                 residual = device.run_layer(layer, residual, [Segment(0, TOKENS, store)])
@@ -216,11 +220,21 @@ def whole_prompts(name: str) -> list[Figure]:
                     for role, out in zip(ROLES, layout.views(half, TOKENS, layout.heads), strict=True):
                         store.copy_out(layer, role, slice(0, layout.heads), slice(0, TOKENS // 32), out)
 
+        def work() -> None:
+            with packing(on=packed):
+                layers()
+
         return work
 
     fp8_product, bf16_product, flops = product_rates()
-    fp8, bf16, int8, rate8, rate16, copied = timed(
-        run("fp8_e4m3"), run("bf16"), run("int8"), fp8_product, bf16_product, run("fp8_e4m3", copy=True)
+    fp8, unpacked, bf16, int8, rate8, rate16, copied = timed(
+        run("fp8_e4m3"),
+        run("fp8_e4m3", packed=False),
+        run("bf16"),
+        run("int8"),
+        fp8_product,
+        bf16_product,
+        run("fp8_e4m3", copy=True),
     )
     work = operations(model, TOKENS)
     achieved = [work / ms / 1e9 for ms in fp8]
@@ -235,50 +249,75 @@ def whole_prompts(name: str) -> list[Figure]:
         figure("8192^3, FP8 row-wise", peak, "TFLOP/s"),
         figure("8192^3, BF16", [flops / ms / 1e9 for ms in rate16], "TFLOP/s"),
         figure(f"{name}: FP8 prefill / FP8 product rate", ratios(achieved, peak), "x", "at least 0.55"),
+        figure(
+            f"{name}: packing, (FP8 layers with it - without) / with",
+            [(a - b) / a for a, b in zip(fp8, unpacked, strict=True)],
+            "x",
+            "at most 0.03",
+        ),
         figure(f"{name}: FP8 with every layer copied to the host / without", ratios(copied, fp8), "x"),
         figure(f"{name}: FP8 tokens per second", [TOKENS / ms * 1e3 for ms in fp8], ""),
     ]
     layer = statistics.median(fp8) / model.num_layers
-    return figures + passes(name, devices["fp8_e4m3"], devices["bf16"], model, layer)
+    return figures + packing_pass(name, devices["fp8_e4m3"], model, layer) + passes(name, model, layer)
 
 
-def passes(
-    name: str, device: CudaAccelerator, whole: CudaAccelerator, model: ModelConfig, layer: float
-) -> list[Figure]:
-    """What lies between the products of one layer, and its share of the layer."""
-    fp8, heads = torch.float8_e4m3fn, model.num_heads + 2 * model.num_kv_heads
+@contextlib.contextmanager
+def packing(*, on: bool) -> Iterator[None]:
+    """The fused pass of every layer with the packing of K and V in it, or without: all else in it is the same."""
+
+    def unpacked(*args: Any, **how: Any) -> None:
+        store_kv(*args, **(how | {"packed": None}))
+
+    with unittest.mock.patch("hma_serve.prefill.accelerators.cuda.store_kv", store_kv if on else unpacked):
+        yield
+
+
+def packing_pass(name: str, device: CudaAccelerator, model: ModelConfig, layer: float) -> list[Figure]:
+    """The pass that packs, alone: with packing and without, in graphs over more memory than the caches hold."""
+    rows, sets = model.num_heads + 2 * model.num_kv_heads, range(4)
+    qkv = [torch.randn(TOKENS, rows * model.head_dim, device="cuda", dtype=torch.bfloat16) for _ in sets]
+    q = torch.empty(TOKENS, model.num_heads, model.head_dim, device="cuda", dtype=torch.bfloat16)
+    part = Segment(0, TOKENS, device.new_store(TOKENS))
+
+    def one(each: int) -> Callable[[], object]:
+        return lambda: device._store(each, device._layers[each], qkv[each], q, 0, part)
+
+    samples: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(REPEATS):
+        for on, kept in samples.items():
+            with packing(on=on):
+                kept.append(microseconds([one(each % model.num_layers) for each in sets]))
+    added = [(a - b) / 1e3 / layer for a, b in zip(samples[True], samples[False], strict=True)]
+    codec = device._layout.group_bytes[0] / 32 / model.head_dim
+    values = TOKENS * model.head_dim * (model.num_heads * 4 + 2 * model.num_kv_heads * (4 + codec))
+    return [
+        figure(f"{name} layer: QK norm, rotation and packing, one pass", samples[True], "us"),
+        figure(f"{name} layer: the same without packing", samples[False], "us"),
+        figure(f"{name} layer: the pass with packing", [values / us / 1e6 for us in samples[True]], "TB/s"),
+        figure(f"{name} layer: what packing adds to the pass / layer", added, "x", "at most 0.03"),
+    ]
+
+
+def passes(name: str, model: ModelConfig, layer: float) -> list[Figure]:
+    """What else lies between the products of one layer, and its share of the layer; each in a graph."""
+    fp8 = torch.float8_e4m3fn
     hidden, delta = (torch.randn(TOKENS, model.hidden_size, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    qkv = torch.randn(TOKENS, heads * model.head_dim, device="cuda", dtype=torch.bfloat16)
     gate_up = torch.randn(TOKENS, 2 * model.intermediate_size, device="cuda", dtype=torch.bfloat16)
     attended = torch.randn(TOKENS, model.q_size, device="cuda", dtype=torch.bfloat16)
     gain = torch.ones(model.hidden_size, device="cuda", dtype=torch.bfloat16)
-    q = torch.empty(TOKENS, model.num_heads, model.head_dim, device="cuda", dtype=torch.bfloat16)
-    positions, part = torch.arange(TOKENS, device="cuda"), Segment(0, TOKENS, device.new_store(TOKENS))
-    keys, values = device._store(0, device._layers[0], qkv, positions, q, 0, part)
-    unpacked = Segment(0, TOKENS, whole.new_store(TOKENS))
-    known = quant.operand_format("fp8_e4m3fn")
-    codec = quant.codec("fp8_e4m3fn")
+    q = torch.randn(TOKENS, model.num_heads, model.head_dim, device="cuda", dtype=torch.bfloat16)
+    shape = (TOKENS, model.num_kv_heads, model.head_dim)
+    keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv")
     works: dict[str, Callable[[], object]] = {
-        "QK norm, rotation and packing of K and V, fused": lambda: device._store(
-            0, device._layers[0], qkv, positions, q, 0, part
-        ),
-        "the same, K and V stored as BF16": lambda: whole._store(0, whole._layers[0], qkv, positions, q, 0, unpacked),
-        "packing of K and V alone, torch": lambda: [
-            codec.encode(x.transpose(0, 1).contiguous()) for x in (keys, values)
-        ],
         "attention": lambda: attend(q, keys, values),
         "residual, norm, quantise, fused": lambda: normed_rows(hidden, gain, 1e-6, fp8, delta=delta),
         "SwiGLU, quantise, fused": lambda: swiglu_rows(gate_up, fp8),
-        "SwiGLU, quantise, torch": lambda: known.quantize(
-            torch.nn.functional.silu(gate_up[:, : model.intermediate_size]) * gate_up[:, model.intermediate_size :]
-        ),
         "quantise what attention gave": lambda: plain_rows(attended, fp8),
     }
-    samples = timed(*works.values(), repeats=2 * REPEATS)
-    packing = [(packed - plain) / layer for packed, plain in zip(samples[0], samples[1], strict=True)]
-    return [figure(f"{name} layer: what packing adds to the fused pass / layer", packing, "x", "at most 0.03")] + [
-        figure(f"{name} layer: {work} / layer", [ms / layer for ms in kept], "x")
-        for work, kept in zip(works, samples, strict=True)
+    return [
+        figure(f"{name} layer: {work} / layer", [microseconds([run] * 4) / 1e3 / layer for _ in range(REPEATS)], "x")
+        for work, run in works.items()
     ]
 
 
@@ -310,7 +349,7 @@ def main(models: list[str]) -> int:
         tables[f"Qwen3-{name}, random weights"] = whole_prompts(name)
         torch.cuda.empty_cache()
     head = {
-        "commit": os.environ.get("COMMIT", "unknown"),
+        "provenance": provenance(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "seed": SEED,

@@ -62,18 +62,18 @@ def check_rows(name: str, dtype: torch.dtype) -> None:
     rows("plain", plain_rows(hidden, dtype, share=torch.clone), hidden)
 
 
-def check_store(k_codec: str, v_codec: str, *, offset: bool) -> None:
-    heads, kv_heads, dim, tokens, start = 4, 2, 64, 64, 32
+def check_store(k_codec: str, v_codec: str, *, offset: bool, heads: int = 4, kv_heads: int = 2) -> None:
+    GENERATOR.manual_seed(1)  # No value near a boundary, where another order of summation would move it.
+    dim, tokens, start = 64, 64, 32
     codecs = [quant.codec(k_codec), quant.codec(v_codec)]
     qkv, gains = normal(tokens, (heads + 2 * kv_heads) * dim), (gain(dim), gain(dim))
-    positions, table = torch.arange(tokens, device=DEVICE) + start, rotary_table(dim, 1e4, 256, DEVICE)
+    table = rotary_table(dim, 1e4, 256, DEVICE)
     shift = torch.randn(kv_heads, dim, generator=GENERATOR).to(DEVICE) if offset else None
     q = torch.zeros(tokens, heads, dim, dtype=torch.bfloat16, device=DEVICE)
     packed = [torch.zeros(kv_heads, 4, codec.group_bytes(dim), dtype=torch.uint8, device=DEVICE) for codec in codecs]
     decoded = [torch.zeros(128, kv_heads, dim, dtype=torch.bfloat16, device=DEVICE) for _ in codecs]
     store_kv(
         qkv,
-        positions,
         table,
         gains,
         1e-6,
@@ -89,7 +89,7 @@ def check_store(k_codec: str, v_codec: str, *, offset: bool) -> None:
     split = torch.split(qkv, [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     queries, keys, values = (part.reshape(tokens, -1, dim) for part in split)
     queries, keys = (
-        rotate(rms_norm(x, g, 1e-6), table[positions]) for x, g in zip((queries, keys), gains, strict=True)
+        rotate(rms_norm(x, g, 1e-6), table[start : start + tokens]) for x, g in zip((queries, keys), gains, strict=True)
     )
     check(f"queries beside {k_codec}", q, queries)
     for codec, bytes_, kept, x in zip(
@@ -103,11 +103,35 @@ def check_store(k_codec: str, v_codec: str, *, offset: bool) -> None:
         check(f"{codec.name}, decoded", codec.decode(bytes_[:, 1:3].contiguous()), codec.decode(right))
 
 
+def check_unpacked() -> None:
+    """Only what attention reads, of the segment alone, turned by its positions in the prompt."""
+    heads, kv_heads, dim, tokens, start = 6, 2, 64, 64, 96
+    qkv, gains = normal(tokens + 32, (heads + 2 * kv_heads) * dim), (gain(dim), gain(dim))
+    table = rotary_table(dim, 1e4, 256, DEVICE)
+    q = torch.zeros(tokens + 32, heads, dim, dtype=torch.bfloat16, device=DEVICE)
+    kept = (torch.zeros(tokens, kv_heads, dim, dtype=torch.bfloat16, device=DEVICE) for _ in "kv")
+    k, v = kept
+    store_kv(
+        qkv, table, gains, 1e-6, q=q, packed=None, decoded=(k, v), codecs=("", ""), row=32, tokens=tokens, start=start
+    )
+    split = torch.split(qkv[32:], [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    queries, keys, values = (part.reshape(tokens, -1, dim) for part in split)
+    turned = (
+        rotate(rms_norm(x, g, 1e-6), table[start : start + tokens]) for x, g in zip((queries, keys), gains, strict=True)
+    )
+    for name, found, expected in zip("qkv", (q[32:], k, v), (*turned, values), strict=True):
+        check(f"{name}, unpacked", found, expected)
+    assert not q[:32].any(), "wrote rows of another segment"
+
+
 def main() -> None:
     for name, dtype in FORMATS.items():
         check_rows(name, dtype)
     check_store("tt_bfp8_b", "int8", offset=False)
     check_store("bf16", "tt_bfp8_b", offset=True)
+    check_store("int8", "bf16", offset=True, heads=4, kv_heads=4)
+    check_store("bf16", "int8", offset=False, heads=5, kv_heads=1)
+    check_unpacked()
     if ON_GPU:
         check_store("fp8_e4m3fn", "fp8_e4m3fn", offset=True)
     sums = torch.randint(-9999, 9999, (5, 70), dtype=torch.int32, generator=GENERATOR).to(DEVICE)

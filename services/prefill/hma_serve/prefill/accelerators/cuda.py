@@ -17,7 +17,6 @@ import torch
 
 from hma_serve import quant
 from hma_serve.core.errors import FailedPrecondition
-from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import LazyWeights, open_weights
 from hma_serve.model.rotary import rotary_table
@@ -127,13 +126,10 @@ class CudaAccelerator:
         qkv = weights.qkv(normed_rows(hidden, weights.input_norm, eps, self._dtype))
         q = qkv.new_empty((len(hidden), model.num_heads, model.head_dim))
         attended = []
-        positions = torch.cat(
-            [torch.arange(part.start, part.start + part.tokens, device=self._device) for part in segments]
-        )
         row = 0
         for part in segments:
             rows = slice(row, row + part.tokens)
-            keys, values = self._store(layer, weights, qkv, positions, q, row, part)
+            keys, values = self._store(layer, weights, qkv, q, row, part)
             attended.append(attend(q[rows], keys, values).flatten(1))
             row += part.tokens
         rows_in = attended[0] if len(attended) == 1 else torch.cat(attended)
@@ -146,7 +142,6 @@ class CudaAccelerator:
         layer: int,
         weights: _Layer,
         qkv: torch.Tensor,
-        positions: torch.Tensor,
         q: torch.Tensor,
         row: int,
         part: Segment,
@@ -159,28 +154,22 @@ class CudaAccelerator:
         offset = None if self._k_offsets is None else self._k_offsets[layer]
         fused = all(name in CODECS for name in names)
         if fused:
-            packed = [kv.packed(layer, role) for role in ROLES]
             decoded = [kv.writable(layer, role, part.start, end) for role in ROLES]
-            start = part.start
         else:
-            shape = (self._layout.heads, part.tokens // GROUP_TOKENS, 2 * GROUP_TOKENS * self.model.head_dim)
-            packed = [torch.empty(shape, dtype=torch.uint8, device=self._device) for _ in ROLES]
             decoded = [qkv.new_empty((part.tokens, self._layout.heads, self.model.head_dim)) for _ in ROLES]
-            start, names = 0, ("bf16", "bf16")
         store_kv(
             qkv,
-            positions,
             self._cos_sin,
             (weights.q_norm, weights.k_norm),
             self.model.rms_norm_eps,
             q=q,
-            packed=(packed[0], packed[1]),
+            packed=(kv.packed(layer, ROLES[0]), kv.packed(layer, ROLES[1])) if fused else None,
             decoded=(decoded[0], decoded[1]),
             codecs=names,
             k_offset=offset if fused else None,
             row=row,
             tokens=part.tokens,
-            start=start,
+            start=part.start,
         )
         if not fused:
             fresh = decoded[0] if offset is None else decoded[0].float() - offset, decoded[1]

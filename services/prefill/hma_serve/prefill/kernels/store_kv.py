@@ -1,8 +1,12 @@
 """From stacked projections to attention's operands in one pass: QK norm, rotation, and K and V in native bytes.
 
-One program takes one head's 32 tokens, which is one unit of the wire format. It writes queries as they are, keys and
-values packed, and beside them the values that a reader of the packed bytes decodes, because attention must see what was
-stored. Byte layouts are the format's (docs/kv-block-format.md); `hma_serve.quant` is the reference, bit for bit.
+One program takes 32 tokens of a few heads, one after the other; a head's 32 tokens are one unit of the wire format. It
+writes queries as they are, keys and values packed, and beside them the values that a reader of the packed bytes
+decodes, because attention must see what was stored. Byte layouts are the format's (docs/kv-block-format.md);
+`hma_serve.quant` is the reference, bit for bit.
+
+The limit is bytes: 4 a value in and out for queries, 5 for keys and values under eight-bit codecs. A program of one
+head would read as many bytes of the rotation table as of the head, so the heads of a program share it.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ CODECS = {"bf16": 0, "fp8_e4m3fn": 1, "int8": 2, "tt_bfp8_b": 3}
 _BF16 = tl.constexpr(0)
 _INT8 = tl.constexpr(2)
 _BFP8 = tl.constexpr(3)
+_UNPACKED = tl.constexpr(4)
 _SMALLEST_SCALE = tl.constexpr(2.0**-126)
 _LARGEST_SUBNORMAL = tl.constexpr(2.0**-126 - 2.0**-149)
 _TILE_BYTES = tl.constexpr(1088)
+_HEADS_EACH = (4, 2, 1)
 
 
 @triton.jit
@@ -84,66 +90,80 @@ def _store(low, high, unit, decoded, stride, D: tl.constexpr, CODEC: tl.constexp
     elif CODEC == _BFP8:
         low = _pack_tiles(low, unit, 0, half)
         high = _pack_tiles(high, unit, half, half)
-    else:
+    elif CODEC != _UNPACKED:
         low, high = _pack_rows(low, high, unit, D, CODEC)
     tl.store(decoded + rows * stride + columns, round_bf16(low).to(tl.bfloat16))
     tl.store(decoded + rows * stride + columns + half, round_bf16(high).to(tl.bfloat16))
 
 
 @triton.jit
+def _turned(low, high, low_gain, high_gain, cos, sin, eps, D: tl.constexpr):
+    """One head's norm and rotation."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    scale = tl.math.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
+    low = round_bf16(round_bf16(low * scale) * low_gain)
+    high = round_bf16(round_bf16(high * scale) * high_gain)
+    return round_bf16(low * cos - high * sin), round_bf16(high * cos + low * sin)
+
+
+@triton.jit
 def _kernel(
-    qkv, positions, cos_sin, q_gain, k_gain, k_offset, q_out,
+    qkv, cos_sin, q_gain, k_gain, k_offset, q_out,
     k_packed, v_packed, k_decoded, v_decoded,
-    head_units, k_unit_bytes, v_unit_bytes, first_group, first_row, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr,
+    head_units, k_unit_bytes, v_unit_bytes, first_group, first_row, first_position, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, EACH: tl.constexpr,
     K_CODEC: tl.constexpr, V_CODEC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    group, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * EACH
     half: tl.constexpr = D // 2
     width: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
-    rows = first_row + group * 32 + tl.arange(0, 32)[:, None]
-    columns = tl.arange(0, half)[None, :]
-    source = qkv + rows * width + head * D + columns
-    low, high = tl.load(source).to(tl.float32), tl.load(source + half).to(tl.float32)
-    if head < HEADS + KV_HEADS:
-        gain = q_gain
-        if head >= HEADS:
-            gain = k_gain
-        scale = tl.math.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / D + eps)[:, None]
-        low = round_bf16(round_bf16(low * scale) * tl.load(gain + columns).to(tl.float32))
-        high = round_bf16(round_bf16(high * scale) * tl.load(gain + half + columns).to(tl.float32))
-        angle = cos_sin + tl.load(positions + rows) * D + columns
-        cos, sin = tl.load(angle), tl.load(angle + half)
-        turned = round_bf16(low * cos - high * sin)
-        high = round_bf16(high * cos + low * sin)
-        low = turned
+    own = group * 32 + tl.arange(0, 32)[:, None]
+    rows, columns = first_row + own, tl.arange(0, half)[None, :]
+    source = qkv + rows * width + first * D + columns
     stored = (first_group + group) * 32
-    if head < HEADS:
-        target = q_out + (rows * HEADS + head) * D + columns
-        tl.store(target, low.to(tl.bfloat16))
-        tl.store(target + half, high.to(tl.bfloat16))
-    elif head < HEADS + KV_HEADS:
-        kv_head = head - HEADS
-        if OFFSET:
-            low -= tl.load(k_offset + kv_head * D + columns)
-            high -= tl.load(k_offset + kv_head * D + half + columns)
-        unit = k_packed + (kv_head * head_units + first_group + group) * k_unit_bytes
-        _store(low, high, unit, k_decoded + (stored * KV_HEADS + kv_head) * D, KV_HEADS * D, D, K_CODEC)
+    low, high = tl.load(source), tl.load(source + half)
+    if first < HEADS + KV_HEADS:
+        gain = q_gain
+        if first >= HEADS:
+            gain = k_gain
+        low_gain, high_gain = tl.load(gain + columns).to(tl.float32), tl.load(gain + half + columns).to(tl.float32)
+        angle = cos_sin + (first_position + own) * D + columns
+        cos, sin = tl.load(angle), tl.load(angle + half)
+        for step in tl.static_range(EACH):
+            turned_low, turned_high = low, high
+            if step + 1 < EACH:  # the next head is on its way while this one is worked on
+                low, high = tl.load(source + (step + 1) * D), tl.load(source + (step + 1) * D + half)
+            turned_low, turned_high = _turned(turned_low, turned_high, low_gain, high_gain, cos, sin, eps, D)
+            if first < HEADS:
+                target = q_out + (rows * HEADS + first + step) * D + columns
+                tl.store(target, turned_low.to(tl.bfloat16))
+                tl.store(target + half, turned_high.to(tl.bfloat16))
+            else:
+                head = first + step - HEADS
+                if OFFSET:
+                    turned_low -= tl.load(k_offset + head * D + columns)
+                    turned_high -= tl.load(k_offset + head * D + half + columns)
+                unit = k_packed + (head * head_units + first_group + group) * k_unit_bytes
+                place = k_decoded + (stored * KV_HEADS + head) * D
+                _store(turned_low, turned_high, unit, place, KV_HEADS * D, D, K_CODEC)
     else:
-        kv_head = head - HEADS - KV_HEADS
-        unit = v_packed + (kv_head * head_units + first_group + group) * v_unit_bytes
-        _store(low, high, unit, v_decoded + (stored * KV_HEADS + kv_head) * D, KV_HEADS * D, D, V_CODEC)
+        for step in tl.static_range(EACH):
+            this_low, this_high = low.to(tl.float32), high.to(tl.float32)
+            if step + 1 < EACH:
+                low, high = tl.load(source + (step + 1) * D), tl.load(source + (step + 1) * D + half)
+            head = first + step - HEADS - KV_HEADS
+            unit = v_packed + (head * head_units + first_group + group) * v_unit_bytes
+            _store(this_low, this_high, unit, v_decoded + (stored * KV_HEADS + head) * D, KV_HEADS * D, D, V_CODEC)
 
 
 def store_kv(
     qkv: Tensor,
-    positions: Tensor,
     cos_sin: Tensor,
     gains: tuple[Tensor, Tensor],
     eps: float,
     *,
     q: Tensor,
-    packed: tuple[Tensor, Tensor],
+    packed: tuple[Tensor, Tensor] | None,
     decoded: tuple[Tensor, Tensor],
     codecs: tuple[str, str],
     k_offset: Tensor | None = None,
@@ -155,25 +175,29 @@ def store_kv(
 
     Args:
         qkv: bfloat16 [batch tokens, (heads + 2 kv heads) * D], contiguous.
-        positions: int64 [batch tokens].
         cos_sin: float32 [positions, D], as `hma_serve.model.rotary_table` makes it.
         gains: bfloat16 [D] for queries and for keys.
         eps: Of the norms.
         q: Written: bfloat16 [batch tokens, heads, D].
-        packed: Written: the layer's keys and values, uint8 [kv heads, groups, group bytes], contiguous.
-        decoded: Written: bfloat16 [prompt tokens, kv heads, D], contiguous.
-        codecs: Of keys and values, each one of `CODECS`.
-        k_offset: float32 [kv heads, D], subtracted from keys before they are packed; None: nothing.
+        packed: Written: the layer's keys and values, uint8 [kv heads, groups, group bytes], contiguous; None: they
+            are left as they are.
+        decoded: Written: bfloat16 [prompt tokens, kv heads, D], contiguous; of unpacked ones [tokens, kv heads, D].
+        codecs: Of keys and values, each one of `CODECS` if they are packed.
+        k_offset: float32 [kv heads, D], subtracted from keys before they are stored; None: nothing.
         row: The segment's first row in the batch.
         tokens: Its tokens, a multiple of 32.
         start: Its first token's position in the prompt, a multiple of 32.
     """
-    kv_heads, groups, k_bytes = packed[0].shape
     heads, head_dim = q.shape[1:]
-    _kernel[(tokens // GROUP, heads + 2 * kv_heads)](
-        qkv, positions, cos_sin, *gains, gains[1] if k_offset is None else k_offset, q, *packed, *decoded,
-        groups, k_bytes, packed[1].shape[2], start // GROUP, row, eps,
-        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, K_CODEC=CODECS[codecs[0]], V_CODEC=CODECS[codecs[1]],
+    kv_heads = (qkv.shape[1] // head_dim - heads) // 2
+    first_group, units, numbers = 0, decoded, [_UNPACKED.value] * 2
+    if packed is not None:
+        first_group, units, numbers = start // GROUP, packed, [CODECS[name] for name in codecs]
+    each = next(count for count in _HEADS_EACH if heads % count == kv_heads % count == 0)
+    _kernel[(tokens // GROUP, (heads + 2 * kv_heads) // each)](
+        qkv, cos_sin, *gains, gains[1] if k_offset is None else k_offset, q, *units, *decoded,
+        units[0].shape[1], units[0].shape[2], units[1].shape[2], first_group, row, start, eps,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, EACH=each, K_CODEC=numbers[0], V_CODEC=numbers[1],
         OFFSET=k_offset is not None,
         num_warps=4,
     )  # fmt: skip
