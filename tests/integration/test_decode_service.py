@@ -475,6 +475,21 @@ async def test_a_dead_engine_ends_streams_and_the_process(checkpoint: Path) -> N
         assert broken.process.wait(20) not in (0, None)
 
 
+async def test_an_engine_that_stands_still_is_as_good_as_dead(checkpoint: Path) -> None:
+    """Its front is well and goes on reporting, so nobody else could notice."""
+    with running_worker(checkpoint, "--engine-timeout", "1") as broken:
+        async with connected(broken, checkpoint) as client:
+            # An idle one goes round as well.
+            assert len(emitted(await client.generate(client.request(prompt(5))))) == NEW_TOKENS
+            call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
+            assert (await first(call)).HasField("ticket")
+            engine = broken.engine_pid
+            os.kill(engine, signal.SIGSTOP)
+            assert isinstance(await refusal(call.read()), Unavailable)
+        assert broken.process.wait(20) not in (0, None)
+        assert not alive(engine)
+
+
 def test_a_dead_front_takes_its_engine_along(checkpoint: Path) -> None:
     with running_worker(checkpoint) as broken:
         engine = broken.engine_pid

@@ -348,16 +348,17 @@ async def test_the_order_to_drain_cancels_what_outlasts_its_grace(
         assert await asyncio.to_thread(worker.process.wait, 20) == 0
 
 
-async def test_a_dead_engine_ends_every_request_and_the_process(
-    checkpoint: Path, tmp_path: Path, receiver: PushReceiver
+@pytest.mark.parametrize("accident", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_dead_engine_and_one_that_stands_still_end_every_request_and_the_process(
+    checkpoint: Path, tmp_path: Path, receiver: PushReceiver, accident: signal.Signals
 ) -> None:
-    with running_worker(checkpoint, tmp_path / "events") as worker:
+    with running_worker(checkpoint, tmp_path / "events", "--engine-timeout", "2") as worker:
         async with connected(worker) as client:
             receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
             call = client.prefill(receiver, prompt(512))
             await call.accepted()
             await receiver.stream(call.request.ticket, blocks=1)
-            os.kill(worker.engine_pid, signal.SIGKILL)
+            os.kill(worker.engine_pid, accident)
             with pytest.raises(Unavailable, match="engine is gone"):
                 await call.completed()
         assert await asyncio.to_thread(worker.process.wait, 20) == 1

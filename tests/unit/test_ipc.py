@@ -78,6 +78,26 @@ async def test_messages_cross_a_link_both_ways_whole_and_in_order() -> None:
     engine.close()
 
 
+async def test_a_loop_that_goes_round_answers_pulses_and_one_that_does_not_is_stuck() -> None:
+    front, engine = pair()
+    await front.open()
+    reading = asyncio.create_task(front.receive())
+    stuck = asyncio.create_task(front.stuck(1.2))
+    # Also one with nothing to do, which then looks up in vain.
+    for _ in range(5):
+        assert await asyncio.to_thread(engine.receive, None) == []
+    assert not stuck.done()
+    await stuck
+    # What was said meanwhile is not lost in the pulses.
+    await front.send(TokenIds(ids=[1]))
+    await front.send(TokenIds())
+    assert engine.receive(1) == [TokenIds(ids=[1]), TokenIds()]
+    engine.send(TokenIds(ids=[2]))
+    assert (await reading).ids == [2]
+    await front.close()
+    engine.close()
+
+
 async def test_each_end_learns_that_the_other_is_gone() -> None:
     front, engine = pair()
     await front.open()

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from google.protobuf.message import Message
 
 from hma_serve.ipc.arena import Arena
 from hma_serve.ipc.link import AsyncLink, SyncLink
+
+_log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
@@ -45,6 +48,17 @@ class EngineProcess(Generic[Received]):
     async def wait(self) -> int:
         """Waits for the engine's end; its exit status, negative for a signal."""
         return await self.process.wait()
+
+    async def watch(self, timeout: float) -> None:
+        """Kills the engine if its loop stands still for `timeout` seconds, so that it ends like one that crashed."""
+        await self.link.stuck(timeout)
+        if self.process.returncode is not None:
+            return
+        _log.error("the engine has not gone round for %g s: killed; --engine-timeout is the limit", timeout)
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        # A process in the middle of a system call may outlive its death by long.
+        await self.link.close()
 
     async def stop(self, grace: float = 5.0) -> int:
         """Closes the link, which asks the engine to leave, and kills it if it has not after `grace` seconds."""

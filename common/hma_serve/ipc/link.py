@@ -3,11 +3,15 @@
 Frames are a 4-byte little-endian length and the serialised message. Messages are small (token ids, slot indices);
 payloads go through the arena. The sending side of `AsyncLink` waits when the socket is full, so a slow engine slows
 its front instead of growing a buffer. `SyncLink.send` blocks for the same reason, for at most `SEND_TIMEOUT`.
+
+A length that no message has is a *pulse*: the plain loop sends it back when it looks at its messages, which shows that
+the loop goes round and not only that the process exists.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
 import struct
@@ -23,6 +27,8 @@ SEND_TIMEOUT = 30.0
 """Seconds; a front that reads nothing for so long is taken for dead."""
 
 _LENGTH = struct.Struct("<I")
+_PULSE = _LENGTH.pack(0xFFFFFFFF)
+_PULSES = 4
 _READ_CHUNK = 1 << 18
 
 Received = TypeVar("Received", bound=Message)
@@ -64,6 +70,7 @@ class AsyncLink(Generic[Received]):
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._sending = asyncio.Lock()
+        self._heard = 0
 
     async def open(self) -> None:
         """Takes the socket into the running loop; call once before anything else."""
@@ -93,7 +100,10 @@ class AsyncLink(Generic[Received]):
         if self._reader is None:
             raise LinkClosed("the link is not open")
         try:
-            length = _checked_length(await self._reader.readexactly(_LENGTH.size))
+            while (head := await self._reader.readexactly(_LENGTH.size)) == _PULSE:
+                self._heard += 1
+            length = _checked_length(head)
+            self._heard += 1
             return _parse(self._kind, await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError, OSError) as exc:
             raise LinkClosed("the other side is gone") from exc
@@ -106,6 +116,20 @@ class AsyncLink(Generic[Received]):
             except LinkClosed:
                 return
             yield message
+
+    async def stuck(self, seconds: float) -> None:
+        """Returns when the other side has not gone round for so long; somebody must be receiving meanwhile.
+
+        Pulses without an answer are counted, not seconds: what passes while this process is stopped is nobody's fault.
+        """
+        unanswered = 0
+        while unanswered < _PULSES:
+            heard = self._heard
+            if self._writer is not None:
+                # Not awaited: a full socket is what a stuck side looks like, and a pulse is four bytes.
+                self._writer.write(_PULSE)
+            await asyncio.sleep(seconds / _PULSES)
+            unanswered = 0 if self._heard != heard else unanswered + 1
 
     async def close(self) -> None:
         """Closes the socket; idempotent."""
@@ -128,6 +152,7 @@ class SyncLink(Generic[Received]):
         self._sock = sock
         self._kind = receives
         self._buffer = bytearray()
+        self._asked = False
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
@@ -143,7 +168,7 @@ class SyncLink(Generic[Received]):
             raise LinkClosed("the other side is gone or stuck") from exc
 
     def receive(self, timeout: float | None) -> list[Received]:
-        """All messages that are there.
+        """All messages that are there; none after a pulse, which is answered.
 
         Args:
             timeout: Seconds to wait for a first message; 0 only looks, None waits for as long as it takes.
@@ -165,8 +190,13 @@ class SyncLink(Generic[Received]):
                 raise LinkClosed("the other side is gone")
             self._buffer += data
             messages += self._complete()
-            if messages:
+            if messages or self._asked:
                 timeout = 0
+        if self._asked:
+            self._asked = False
+            # Who is gone by now is noticed by the next look.
+            with contextlib.suppress(OSError):
+                self._sock.sendall(_PULSE)
         return messages
 
     def fileno(self) -> int:
@@ -177,7 +207,12 @@ class SyncLink(Generic[Received]):
         messages: list[Received] = []
         start = 0
         while len(self._buffer) - start >= _LENGTH.size:
-            length = _checked_length(bytes(self._buffer[start : start + _LENGTH.size]))
+            head = bytes(self._buffer[start : start + _LENGTH.size])
+            if head == _PULSE:
+                self._asked = True
+                start += _LENGTH.size
+                continue
+            length = _checked_length(head)
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
                 break

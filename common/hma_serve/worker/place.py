@@ -29,6 +29,7 @@ class PlaceConfig:
         tls_dir: Certificates for mutual TLS on gRPC and to etcd; None: no encryption.
         etcd_tls_dir: Certificates for an etcd of another authority; None: `tls_dir`.
         drain_grace: Seconds that running requests get after SIGTERM.
+        engine_timeout: Seconds after which an engine that stands still is ended, and the worker with it.
         log_format: `human` or `json`.
     """
 
@@ -41,6 +42,7 @@ class PlaceConfig:
     tls_dir: Path | None
     etcd_tls_dir: Path | None
     drain_grace: float
+    engine_timeout: float
     log_format: str
 
     @property
@@ -50,6 +52,7 @@ class PlaceConfig:
             "--registry-ttl": (self.registry_ttl, 2),
             "--price-per-hour": (self.price_per_hour, 0),
             "--drain-grace": (self.drain_grace, 0),
+            "--engine-timeout": (self.engine_timeout, 0.1),
         }
 
     def tls(self) -> TlsConfig | None:
@@ -176,6 +179,14 @@ def add_place_arguments(parser: argparse.ArgumentParser, *, listen: str) -> None
         default=60.0,
         metavar="SECONDS",
         help="for running requests after SIGTERM (default: %(default)s)",
+    )
+    place.add_argument(
+        "--engine-timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="after which an engine that stands still, in one step, is ended and the worker with it (default: "
+        "%(default)s)",
     )
     place.add_argument(
         "--log-format", default="human", choices=["human", "json"], help="of the log on stderr (default: %(default)s)"
