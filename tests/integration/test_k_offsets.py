@@ -73,12 +73,13 @@ def metric(cluster: Cluster, role: str, name: str) -> float:
     return float(value)
 
 
-def test_greedy_tokens_with_offsets_equal_those_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["fused", "materialise"])
+def test_greedy_tokens_with_offsets_equal_those_without(tmp_path: Path, mode: str) -> None:
     table = tmp_path / "offsets"
     said = calibrate("f32", table)
     assert re.search(r"^hash [0-9a-f]{64}$", said, re.MULTILINE)
     checkpoint = resolve_checkpoint("demo")
-    arguments = ["--prefill-profile", "f32", "--dtype", "float32"]
+    arguments = ["--prefill-profile", "f32", "--dtype", "float32", f"--decode-arg=--kv-mode={mode}"]
     arguments += [f"--{role}-arg=--k-offsets={table}" for role in ("prefill", "decode")]
     prompts = demo_prompts()
     with running_cluster(tmp_path / "cluster", *arguments) as cluster:

@@ -31,10 +31,20 @@ def test_prefill_and_decode_hold_the_same_random_model(tmp_path: Path) -> None:
     assert logs.count("memory: weights") == 2  # before anything is loaded, on both sides
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(role: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prefill", "--random-weights", "qwen3-32b", "--max-model-len", "64"),
+        ("decode", "--random-weights", "qwen3-32b", "--max-model-len", "64"),
+        ("prefill", "--kv-capacity-tokens", str(10**12)),
+        ("decode", "--kv-capacity-tokens", str(10**12)),
+        ("prefill", "--prefix-cache-bytes", str(10**22)),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(arguments: tuple[str, ...]) -> None:
     result = subprocess.run(
-        command(role, "--random-weights", "qwen3-32b", "--max-model-len", "64"),
+        command(*arguments, "--etcd", "none"),
         capture_output=True,
         text=True,
         env=environment(),
@@ -44,3 +54,5 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(role: str, tmp
     assert result.returncode != 0
     assert "the model does not fit: weights " in result.stderr, result.stderr
     assert " = " in result.stderr
+    assert "loading weights" not in result.stderr
+    assert "Traceback" not in result.stderr

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from hma_serve.core.errors import HmaError
+from hma_serve.core.errors import FailedPrecondition, HmaError
 from hma_serve.kvblock import StreamPlan, StreamReader, decode_frame, validate_manifest
 from hma_serve.rpc import MAX_MESSAGE_BYTES, error_detail
 from hma_serve.v1 import kv_transfer_pb2 as pb
@@ -49,6 +49,7 @@ class Behaviour:
         stall_at: Never acknowledge, from this block on.
         hang_up_at: End the call after this block.
         silent: Never answer at all.
+        deaf: Accept, and read nothing.
         forgets: Know nothing of a stream that is resumed.
         accepted: Replaces the acceptance.
         ack: Replaces the first acknowledgement.
@@ -61,6 +62,7 @@ class Behaviour:
     stall_at: int | None = None
     hang_up_at: int | None = None
     silent: bool = False
+    deaf: bool = False
     forgets: bool = False
     accepted: pb.PushAccepted | None = None
     ack: pb.PushAck | None = None
@@ -147,16 +149,16 @@ class PushReceiver(grpc.GenericRpcHandler):
         if how.refusal is not None and how.refuse_at is None:
             yield pb.PushResponse(refused=pb.PushRefused(error=error_detail(how.refusal)))
             return
-        yield pb.PushResponse(
-            accepted=how.accepted
-            or pb.PushAccepted(
-                transport=pb.TRANSPORT_GRPC,
-                max_message_bytes=MAX_MESSAGE_BYTES,
-                credit_bytes=stream.reader.payload_bytes + how.window,
-                blocks=stream.reader.received,
-            )
+        accepted = how.accepted or pb.PushAccepted(
+            transport=pb.TRANSPORT_GRPC,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            credit_bytes=stream.reader.payload_bytes + how.window,
+            blocks=stream.reader.received,
         )
-        reader = stream.reader
+        yield pb.PushResponse(accepted=accepted)
+        if how.deaf:
+            await asyncio.Event().wait()
+        reader, granted = stream.reader, accepted.credit_bytes
         async for frame in frames:
             header, payload = decode_frame(frame)
             if header.HasField("end"):
@@ -166,6 +168,10 @@ class PushReceiver(grpc.GenericRpcHandler):
                     committed=how.committed
                     or pb.PushCommitted(blocks=reader.received, payload_bytes=reader.payload_bytes)
                 )
+                return
+            if reader.payload_bytes + len(payload) > granted:
+                beyond = FailedPrecondition(f"more was sent than the credit of {granted} bytes", field="payload")
+                yield pb.PushResponse(refused=pb.PushRefused(error=error_detail(beyond)))
                 return
             self._store(stream, reader, header, payload)
             await self._notify()
@@ -177,7 +183,9 @@ class PushReceiver(grpc.GenericRpcHandler):
             if how.stall_at is not None and stream.blocks >= how.stall_at:
                 await how.resume.wait()
             credit = reader.payload_bytes + how.window
-            yield pb.PushResponse(ack=how.ack or pb.PushAck(blocks=reader.received, credit_bytes=credit))
+            ack = how.ack or pb.PushAck(blocks=reader.received, credit_bytes=credit)
+            granted = max(granted, ack.credit_bytes)
+            yield pb.PushResponse(ack=ack)
 
     @staticmethod
     def _store(stream: Received, reader: StreamReader, header: pb.PushHeader, payload: memoryview) -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from hma_serve.checkpoint import resolve_checkpoint
+from hma_serve.core.errors import Internal
 from hma_serve.decode.commitment import FullCommitment, OverCommitment
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.intake import FusedIntake
 from hma_serve.decode.page_order import Role
-from hma_serve.decode.pages import KvGeometry, PagePool
+from hma_serve.decode.pages import KvGeometry, Need, PagePool
 from hma_serve.decode.runner import DrawnTokens, Step
 from hma_serve.decode.sampler import Inputs, Occurrences, Rows, sample
 from hma_serve.decode.sampling_batch import SamplingBatches
@@ -434,6 +435,19 @@ def test_the_nearest_deadline_is_served_first(harness: Harness) -> None:
     harness.turn(admit(1, 33, 0), admit(2, 63, 0, deadline=harness.now + 9), admit(3, 33, 0, deadline=harness.now + 3))
     # Equal parts of 21; the one left over goes to the most urgent.
     assert harness.runner.steps == [[(3, 22), (2, 21), (1, 21)]]
+
+
+def test_an_engine_that_has_become_idle_checks_its_pages(harness: Harness) -> None:
+    harness.turn(admit(1, 5, 0), admit(2, 70, 64))
+    held = harness.pool.reserve(Need.of(packed_tokens=0, total_tokens=32, k_format="", v_format=""))
+    # Nobody's any more, and not given back.
+    harness.pool._reservations.remove(held)
+    while harness.patience == 0:
+        harness.turn()
+    with pytest.raises(Internal):
+        harness.turn(close(2))
+    harness.pool._reservations.add(held)
+    harness.pool.free(held)
 
 
 def test_closing_frees_before_the_next_step(harness: Harness) -> None:

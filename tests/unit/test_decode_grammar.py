@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,6 +159,45 @@ def test_a_later_attempt_goes_on_where_the_first_stopped(demo: Model) -> None:
     assert not grammar.take(demo.tokenizer.encode("l")[0])
     with pytest.raises(InvalidArgument, match="emitted before"):
         demo.compiler.grammar(compiled).begin(demo.tokenizer.encode("no"))
+
+
+class Overwhelmed:
+    """A matcher that takes tokens and then cannot say what may follow."""
+
+    def consume_token(self, token: int) -> bool:
+        return True
+
+    def is_stopped(self) -> bool:
+        return False
+
+    def unsafe_compute_mask_ptr(self, pointer: int, size: int) -> None:
+        """Leaves the mask empty."""
+
+    def is_error(self) -> bool:
+        return True
+
+    def get_error(self) -> str:
+        return "too many states"
+
+
+def test_a_grammar_that_fails_in_a_step_ends_its_own_sequence_alone(demo: Model) -> None:
+    """Whatever is drawn for it, an end of the text included, is an error; the others' draws are what they would be."""
+    healthy = demo.sequence(Structure.choice(["yes"]), 1, stop=StopConditions(), temperature=0.0)
+    with ThreadPoolExecutor(1) as threads:
+        for best in (40, demo.eos[0]):
+            doomed = demo.sequence(Structure.choice(["no"]), 2, stop=StopConditions(), temperature=0.0)
+            doomed.guide = guide = Grammar(cast(Any, Overwhelmed()), demo.vocab, threads)
+            guide.begin([])
+            batches = SamplingBatches(demo.vocab, 2)
+            logits = torch.zeros(2, demo.vocab)
+            logits[:, best] = 10.0
+            both = [doomed, healthy]
+            drawn = sample(logits, batches.rows(both), batches.inputs(both), batches.occurrences).tokens.tolist()
+            assert drawn[0] == best
+            assert demo.tokenizer.decode(drawn[1:])[0] == "y"
+            with pytest.raises(InvalidArgument, match="cannot be followed any further: too many states"):
+                doomed.accept(drawn[0])
+            assert doomed.output_tokens == 0
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from hma_serve.core.errors import Cancelled, DeadlineExceeded, InvalidArgument, Unavailable
 from hma_serve.internal.v1.prefill_engine_pb2 import PrefillLayerDone
+from hma_serve.prefill.admission import Admission
 from hma_serve.prefill.config import PrefillConfig, build_parser, config_of
 from hma_serve.prefill.events import LayerEvents
+from hma_serve.prefill.front import FrontParts, PrefillServicer
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.load import Load
-from hma_serve.v1 import worker_pb2
+from hma_serve.rpc import deadline_in
+from hma_serve.telemetry.metrics import prefill_metrics
+from hma_serve.v1 import common_pb2, kv_block_pb2, prefill_pb2, worker_pb2
 
 
 async def never() -> None:
@@ -110,6 +118,56 @@ async def test_changes_of_the_load_wake_those_who_wait() -> None:
         assert not await load.wait_idle(0.001)
     assert await idle
     assert await load.wait_idle(60)
+
+
+class _Submitted(Exception):
+    """What the engine was asked for."""
+
+    def __init__(self, *args: Any, **job: Any) -> None:
+        self.job = job
+
+
+class _AskedEngine:
+    discarded_layers = 0
+
+    def job(self, *args: Any, **job: Any) -> Any:
+        raise _Submitted(**job)
+
+
+async def submitted(**context: Any) -> dict[str, Any]:
+    """What a request with such a context becomes in the engine."""
+    parts = FrontParts(
+        instance="i",
+        admission=Admission(max_tokens=64, vocab=9, max_requests=1, support=kv_block_pb2.KvSupport()),
+        load=Load(),
+        engine=cast(Any, _AskedEngine()),
+        transfers=cast(Any, None),
+        events=LayerEvents(None),
+        metrics=prefill_metrics(CollectorRegistry()),
+    )
+    request = prefill_pb2.PrefillRequest(
+        context=common_pb2.RequestContext(request_id="r", epoch=1, deadline=deadline_in(600), **context),
+        token_ids=[1] * 32,
+        ticket=bytes(16),
+        decode_address="d:1",
+    )
+    with pytest.raises(_Submitted) as caught:
+        async for _ in PrefillServicer(parts).Prefill(request, cast(Any, SimpleNamespace(time_remaining=lambda: None))):
+            pass
+    return caught.value.job
+
+
+async def test_the_engine_orders_requests_by_what_their_callers_want() -> None:
+    now = time.monotonic()
+    plain = await submitted()
+    assert (plain["priority"], plain["tenant"]) == (0, "")
+    # Without an objective the deadline is what counts.
+    assert now + 500 < plain["due"] <= now + 700
+    wanted = await submitted(priority=3, tenant="t", slo=common_pb2.Slo(ttft_seconds=200))
+    assert (wanted["priority"], wanted["tenant"]) == (3, "t")
+    assert now + 200 <= wanted["due"] < now + 400
+    # An objective that has passed is due at once, not without hurry.
+    assert (await submitted(slo=common_pb2.Slo(ttft_seconds=0)))["due"] < now + 100
 
 
 def test_events_are_recorded_up_to_their_bound(tmp_path: Path) -> None:

@@ -246,6 +246,16 @@ def test_pages_in_use_stay() -> None:
     cache.check_integrity()
 
 
+def test_pages_that_several_requests_use_stay_until_the_last_one_ends() -> None:
+    cache = PrefixCache(LAYOUT, 2 * LAYOUT.layers * LAYOUT.layer_bytes(32))
+    first, second = put(cache, names(64)), cache.lease()
+    assert cache.extend(second, names(64)) == 2
+    cache.release(first)
+    assert cache.reserve(1) == []
+    cache.release(second)
+    assert len(cache.reserve(2)) == 2
+
+
 def test_bytes_come_back_as_they_were_put() -> None:
     cache = PrefixCache(LAYOUT, 8 * LAYOUT.layers * LAYOUT.layer_bytes(32))
     pages, random = cache.reserve(3), np.random.default_rng(0)

@@ -12,7 +12,8 @@ import torch
 from hma_serve.core.errors import DeadlineExceeded, FailedPrecondition, HmaError, Internal, NotFound, Unavailable
 from hma_serve.internal.v1.prefill_engine_pb2 import PrefillLayerDone
 from hma_serve.ipc import Arena
-from hma_serve.kvblock import build_manifest, codec, codec_for
+from hma_serve.kvblock import BEST_PAYLOAD_BYTES, build_manifest, codec, codec_for
+from hma_serve.prefill import streamer as streamer_module
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.push_stream import Patience
@@ -184,6 +185,16 @@ async def test_little_credit_makes_small_blocks_and_is_never_exceeded(
     await sender.send_all()
     check_arrived(receiver, arena)
     assert max(receiver.streams[0].sizes) <= window
+
+
+async def test_a_message_is_of_the_best_size_however_much_the_receiver_takes(
+    sender: Sender, receiver: PushReceiver, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert BEST_PAYLOAD_BYTES == 1 << 20
+    monkeypatch.setattr(streamer_module, "BEST_PAYLOAD_BYTES", HEADS * UNIT)
+    await sender.send_all()
+    check_arrived(receiver, arena)
+    assert set(receiver.streams[0].sizes) == {HEADS * UNIT}
 
 
 async def test_tokens_that_decode_holds_are_not_sent(sender: Sender, receiver: PushReceiver) -> None:
@@ -360,6 +371,27 @@ async def through_a_cut(
         if healed:
             proxy.heal()
         return await sending
+
+
+async def test_a_connection_that_dies_again_and_again_ends_the_request(
+    arena: Arena, channels: ChannelCache, receiver: PushReceiver
+) -> None:
+    """Time to go on is counted from the last progress, not from the last loss."""
+    how = receiver.behaviour = Behaviour(window=4 * UNIT, stall_at=3)
+    host, _, port = receiver.address.rpartition(":")
+    with TcpProxy((host, int(port))) as proxy:
+        sending = asyncio.create_task(Sender(arena, channels, f"127.0.0.1:{proxy.port}").send_all(resume=PATIENT / 10))
+        stream, how.deaf, losses = await receiver.stream(TICKET, blocks=3), True, 0
+        while not sending.done():
+            if stream.resumed >= losses:
+                losses += 1
+                proxy.cut()
+                await asyncio.sleep(0.05)
+                proxy.heal()
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable, match="decode at"):
+            await sending
+    assert losses > 2
 
 
 async def test_a_lost_stream_goes_on_after_the_last_block_that_arrived(

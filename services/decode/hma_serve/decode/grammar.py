@@ -51,6 +51,12 @@ class Grammar:
         self._words = (vocab + 31) // 32
         self._threads = threads
         self._mask: Future[torch.Tensor] = Future()
+        self._failure: HmaError | None = None
+
+    @property
+    def failure(self) -> HmaError | None:
+        """See `Guide`: the grammar has become too complex at this text."""
+        return self._failure
 
     def begin(self, output: Sequence[int]) -> None:
         """Takes what an earlier attempt has emitted, and computes the first mask.
@@ -63,12 +69,12 @@ class Grammar:
         self._mask = self._threads.submit(self._compute)
 
     def allowed(self) -> torch.Tensor:
-        """The tokens that may come next: int32 [ceil(vocab / 32)], one bit a token, the lowest first.
-
-        Raises:
-            InvalidArgument: The grammar has become too complex at this text.
-        """
-        return self._mask.result()
+        """See `Guide`: int32 [ceil(vocab / 32)], one bit a token, the lowest first."""
+        try:
+            return self._mask.result()
+        except HmaError as exc:
+            self._failure = exc
+            return torch.full((self._words,), -1, dtype=torch.int32)
 
     def take(self, token: int) -> bool:
         """Takes a drawn token; whether the text is complete and nothing may follow.

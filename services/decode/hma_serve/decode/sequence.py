@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from hma_serve.core.errors import HmaError
 from hma_serve.core.request import SamplingParams, StopConditions
 from hma_serve.decode.pages import Reservation
 
@@ -30,8 +31,16 @@ class Ending(Enum):
 class Guide(Protocol):
     """What a grammar says about the next token of one sequence."""
 
+    @property
+    def failure(self) -> HmaError | None:
+        """Why it cannot say what is allowed any more: nothing that was drawn since is of use."""
+        ...
+
     def allowed(self) -> torch.Tensor:
-        """The tokens that may come next: int32 [ceil(vocab / 32)], one bit a token, the lowest first."""
+        """The tokens that may come next: int32 [ceil(vocab / 32)], one bit a token, the lowest first.
+
+        Never raises, for it is called for all sequences of a step: after a `failure` everything is allowed.
+        """
         ...
 
     def take(self, token: int) -> bool:
@@ -108,7 +117,13 @@ class Sequence:
         return self.output_tokens + max(0, self.awaited - 1)
 
     def accept(self, token: int) -> Ending | None:
-        """Takes a drawn token; a token that ends the sequence is not part of the output."""
+        """Takes a drawn token; a token that ends the sequence is not part of the output.
+
+        Raises:
+            HmaError: Its grammar cannot go on.
+        """
+        if self.guide is not None and self.guide.failure is not None:
+            raise self.guide.failure
         if token in self._endings:
             self.stop_token = token
             return Ending.STOP
