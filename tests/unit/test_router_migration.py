@@ -17,10 +17,11 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.router import dispatch
 from hma_serve.router.completion import CompletionRequest, Delta, Event, Finished
 from hma_serve.router.pipeline import Pipeline
 from support.fake_fleet import LONG, TOKENS, request, running_fleet, token_ids, tokens
-from support.fake_workers import FakeDecode, FakePrefill, running_pipeline, until
+from support.fake_workers import FakeDecode, FakePrefill, running, running_pipeline, until
 
 
 async def whole(
@@ -98,6 +99,40 @@ async def test_a_broken_connection_quarantines_the_worker_and_the_stream_goes_on
         # The probe found it well again.
         await until(pipeline, lambda view: all(decode.open for decode in view.decodes))
         assert [decode.described for decode in fleet.decodes] == [2, 1]
+
+
+async def test_without_any_worker_left_a_stream_waits_for_one_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.01)
+    only, late = FakeDecode(), FakeDecode()
+    async with running(late), running_pipeline(only) as (pipeline, registry):
+        only.gate.clear()
+        task = asyncio.create_task(whole(pipeline, request()))
+        await only.until_active()
+        only.fail_after, only.failure = 2, DataLoss("a page was lost")
+        registry.put()
+        only.gate.set()
+        await only.until_idle()
+        # Who has nothing yet is told at once.
+        with pytest.raises(Unavailable, match="no decode worker"):
+            await tokens(pipeline, request())
+        registry.put(late.info)
+        deltas, end = await task
+        assert ids(deltas) == list(LONG[:TOKENS])
+        assert end.migrations == 1
+
+
+async def test_a_stream_waits_for_a_worker_to_come_only_as_long_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.01)
+    only = FakeDecode()
+    async with running_pipeline(only, max_wait=0.2) as (pipeline, registry):
+        only.gate.clear()
+        task = asyncio.create_task(whole(pipeline, request()))
+        await only.until_active()
+        only.fail_after, only.failure = 2, DataLoss("a page was lost")
+        registry.put()
+        only.gate.set()
+        with pytest.raises(Unavailable, match="no decode worker"):
+            await task
 
 
 async def test_an_answer_that_was_whole_needs_no_other_worker() -> None:

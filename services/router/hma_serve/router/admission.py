@@ -173,6 +173,11 @@ class Admission:
         self._unsubscribe = capacity.subscribe(self._on_change)
 
     @property
+    def max_wait(self) -> float:
+        """Seconds that one request may wait."""
+        return self._max_wait
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue."""
         return len(self._pairs.line) + len(self._decode_only.line)

@@ -6,7 +6,8 @@ again with the same profile) and the tokens that the client has, which count aga
 them. Random numbers depend on the seed and on the position in the completion alone, so sampled text goes on as well.
 
 At most `max_attempts` pairs may fail a request. A worker that refuses because it is full counts differently: the
-request goes back into the queue, in its old place (a migrated one in front), until its time is up. Every attempt has
+request goes back into the queue, in its old place (a migrated one in front), until its time is up. So does one that is
+migrated when no worker is left: the next may be starting. Every attempt has
 an epoch of its own, so that whatever an older one still sends is refused by the workers.
 """
 
@@ -30,7 +31,7 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.groups import packed_tokens
-from hma_serve.router.admission import Admission, Claim
+from hma_serve.router.admission import Admission, Claim, Held
 from hma_serve.router.attempt import Attempt, AttemptFailed, Job
 from hma_serve.router.placement import Demand, Placement
 from hma_serve.rpc import ChannelCache
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 _CLIENTS_FAULT = (InvalidArgument, PayloadTooLarge)
 _RETRY_AFTER = 1.0
+_LOOK_AGAIN = 0.5
 _CLOCK_SLACK = 0.5
 
 
@@ -135,7 +137,7 @@ class Dispatcher:
         course = _Course(job)
         while True:
             with job.trace.span(spans.ADMISSION) as waiting:
-                held = await self._admission.acquire(course.claim())
+                held = await self._acquire(course)
                 decided = time.monotonic_ns()
                 waiting.trace.record(spans.PLACEMENT, decided, decided, **_told(held.placement))
             course.begin(held.placement)
@@ -159,6 +161,16 @@ class Dispatcher:
                 self._again(failed, course)
             finally:
                 held.release()
+
+    async def _acquire(self, course: _Course) -> Held:
+        """Waits for a pair. Where nobody could serve it, a client in mid-sentence waits for a worker to come."""
+        while True:
+            try:
+                return await self._admission.acquire(course.claim())
+            except Unavailable:
+                if not course.emitted or course.waited + _LOOK_AGAIN >= self._admission.max_wait:
+                    raise
+            await asyncio.sleep(_LOOK_AGAIN)
 
     def _count(self, course: _Course, placement: Placement) -> None:
         if course.epoch == 1:
@@ -201,6 +213,11 @@ class _Course:
     def job(self) -> Job:
         """What is left to do."""
         return replace(self._job, emitted=tuple(self.emitted)) if self.emitted else self._job
+
+    @property
+    def waited(self) -> float:
+        """Seconds since it came, or since it lost the worker that it had."""
+        return asyncio.get_running_loop().time() - self._waiting_since
 
     @property
     def complete(self) -> bool:
