@@ -21,7 +21,7 @@ from hma_serve.router import dispatch
 from hma_serve.router.completion import CompletionRequest, Delta, Event, Finished
 from hma_serve.router.pipeline import Pipeline
 from support.fake_fleet import LONG, TOKENS, request, running_fleet, token_ids, tokens
-from support.fake_workers import FakeDecode, FakePrefill, running, running_pipeline, until
+from support.fake_workers import FakeDecode, FakePrefill, FakeRegistry, running, running_pipeline, until
 
 
 async def whole(
@@ -101,17 +101,28 @@ async def test_a_broken_connection_quarantines_the_worker_and_the_stream_goes_on
         assert [decode.described for decode in fleet.decodes] == [2, 1]
 
 
+async def stranded(
+    pipeline: Pipeline, registry: FakeRegistry, only: FakeDecode
+) -> asyncio.Task[tuple[list[Delta], Finished]]:
+    """A completion that has two tokens and no worker any more."""
+    only.gate.clear()
+    task = asyncio.create_task(whole(pipeline, request()))
+    await only.until_active()
+    only.fail_after, only.failure = 2, DataLoss("a page was lost")
+    registry.put()
+    only.gate.set()
+    while not pipeline.metrics.retries.labels("decode")._value.get():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    # It has asked for another pair by now.
+    await asyncio.sleep(0)
+    return task
+
+
 async def test_without_any_worker_left_a_stream_waits_for_one_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.01)
     only, late = FakeDecode(), FakeDecode()
     async with running(late), running_pipeline(only) as (pipeline, registry):
-        only.gate.clear()
-        task = asyncio.create_task(whole(pipeline, request()))
-        await only.until_active()
-        only.fail_after, only.failure = 2, DataLoss("a page was lost")
-        registry.put()
-        only.gate.set()
-        await only.until_idle()
+        task = await stranded(pipeline, registry, only)
         # Who has nothing yet is told at once.
         with pytest.raises(Unavailable, match="no decode worker"):
             await tokens(pipeline, request())
@@ -124,15 +135,11 @@ async def test_without_any_worker_left_a_stream_waits_for_one_to_come(monkeypatc
 async def test_a_stream_waits_for_a_worker_to_come_only_as_long_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.01)
     only = FakeDecode()
-    async with running_pipeline(only, max_wait=0.2) as (pipeline, registry):
-        only.gate.clear()
-        task = asyncio.create_task(whole(pipeline, request()))
-        await only.until_active()
-        only.fail_after, only.failure = 2, DataLoss("a page was lost")
-        registry.put()
-        only.gate.set()
+    async with running_pipeline(only, max_wait=0.5) as (pipeline, registry):
+        task = await stranded(pipeline, registry, only)
         with pytest.raises(Unavailable, match="no decode worker"):
             await task
+        assert pipeline.admission.waiting == 0
 
 
 async def test_an_answer_that_was_whole_needs_no_other_worker() -> None:
