@@ -21,7 +21,7 @@ from hma_serve.router.config import parse_config as router_config
 from support.cluster import free_port
 from support.etcd_server import EtcdServer
 from support.extra_environment import make_environment, packages_of
-from support.helm_chart import CHART, EXAMPLES, Object, service_containers, template
+from support.helm_chart import CHART, EXAMPLES, TUNED, Object, service_containers, template
 
 PARSERS: dict[str, Callable[[Sequence[str]], object]] = {
     "router": router_config,
@@ -49,8 +49,8 @@ def as_kubernetes_starts_it(container: Object, environment: dict[str, str]) -> l
 
 @pytest.mark.parametrize(
     "arguments",
-    [[f"--values={path}"] for path in EXAMPLES] + [SECURED],
-    ids=[path.stem for path in EXAMPLES] + ["secured"],
+    [[f"--values={path}"] for path in EXAMPLES] + [SECURED, TUNED],
+    ids=[path.stem for path in EXAMPLES] + ["secured", "tuned"],
 )
 def test_our_command_line_takes_every_flag(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     containers = service_containers(template(*arguments))

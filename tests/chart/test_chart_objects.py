@@ -10,7 +10,18 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from support.helm_chart import CHART, EXAMPLES, NAMESPACE, Object, helm, of_kind, pod_spec, template
+from support.helm_chart import (
+    CHART,
+    EXAMPLES,
+    NAMESPACE,
+    TUNED,
+    Object,
+    helm,
+    of_kind,
+    pod_spec,
+    service_containers,
+    template,
+)
 
 KUBERNETES = "1.34"
 EVERYTHING = [
@@ -28,7 +39,7 @@ EVERYTHING = [
     "--set=commonLabels.team=inference",
 ]
 VARIANTS: dict[str, list[str]] = {path.stem: [f"--values={path}"] for path in EXAMPLES}
-VARIANTS |= {"defaults": [], "everything": EVERYTHING, "no-prefill": ["--set-json=prefill.pools=[]"]}
+VARIANTS |= {"tuned": TUNED, "defaults": [], "everything": EVERYTHING, "no-prefill": ["--set-json=prefill.pools=[]"]}
 
 variants = pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 
@@ -119,9 +130,104 @@ def test_selectors_reach_their_own_pods_alone(arguments: list[str]) -> None:
 def test_the_end_of_a_pod_waits_for_its_drain(arguments: list[str]) -> None:
     for deployment in of_kind(template(*arguments), "Deployment"):
         spec = pod_spec(deployment)
-        flags = dict(flag.lstrip("-").split("=", 1) for flag in spec["containers"][0]["args"])
+        (container,) = spec["containers"]
+        flags = dict(flag.lstrip("-").partition("=")[::2] for flag in container["args"])
         waits = float(flags["drain-grace"]) + float(flags.get("kv-lease", 0))
+        if "lifecycle" in container:
+            waits += float(container["lifecycle"]["preStop"]["exec"]["command"][-1])
         assert spec["terminationGracePeriodSeconds"] > waits
+
+
+def test_a_router_is_asked_to_end_only_when_it_is_forgotten() -> None:
+    """Endpoints are withdrawn while a pod ends: one that refused at once would refuse requests still sent to it."""
+
+    def hook(*arguments: str) -> Object | None:
+        found: Object | None = service_containers(template(*arguments))[0].get("lifecycle")
+        return found
+
+    assert hook() == {"preStop": {"exec": {"command": ["sleep", "5"]}}}
+    assert hook("--set=router.preStopSeconds=0") is None
+
+
+@variants
+def test_a_routers_rollout_waits_for_workers_that_start(arguments: list[str]) -> None:
+    deadlines = {
+        d["metadata"]["name"]: d["spec"]["progressDeadlineSeconds"] for d in of_kind(template(*arguments), "Deployment")
+    }
+    assert deadlines["demo-hma-serve-router"] == max(deadlines.values())
+
+
+@variants
+def test_names_are_as_short_as_kubernetes_wants_them(arguments: list[str]) -> None:
+    """Of the longest release name that helm takes, with a pool of the longest name of ours."""
+    pool = {"name": "a-name-of-20-letters", "profile": "bf16", "accelerator": "cpu"}
+    sampler = {"name": pool["name"]}
+    pools = [f"--set-json=prefill.pools={json.dumps([pool])}", f"--set-json=decode.pools={json.dumps([sampler])}"]
+    rendered = helm("template", "r" * 53, CHART, *arguments, *pools)
+    assert rendered.returncode == 0, rendered.stderr
+    for thing in filter(None, yaml.safe_load_all(rendered.stdout)):
+        pod = thing.get("spec", {}).get("template", {}).get("metadata", {})
+        labels = thing["metadata"]["labels"] | pod.get("labels", {})
+        assert max(map(len, [thing["metadata"]["name"], *labels.values()])) <= 63
+
+
+@variants
+def test_a_pod_names_each_variable_port_and_mount_once(arguments: list[str]) -> None:
+    """Server-side apply, helm's own since version 4, refuses a list with a key twice."""
+    for workload in of_kind(template(*arguments), "Deployment", "StatefulSet"):
+        spec = pod_spec(workload)
+        (container,) = spec["containers"]
+        for things, key in (
+            (container["env"], "name"),
+            (container["ports"], "name"),
+            (container["volumeMounts"], "mountPath"),
+            (spec.get("volumes", []), "name"),
+        ):
+            keys = [thing[key] for thing in things]
+            assert len(keys) == len(set(keys)), keys
+        claimed = [claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])]
+        volumes = {volume["name"] for volume in spec.get("volumes", [])} | set(claimed)
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_values_of_a_pool_become_its_flags_and_volumes() -> None:
+    objects = template(*TUNED)
+    pods = {d["metadata"]["name"].removeprefix("demo-hma-serve-"): pod_spec(d) for d in of_kind(objects, "Deployment")}
+    flags = {name: set(spec["containers"][0]["args"]) for name, spec in pods.items()}
+    shared = {"--overcommit", "--receivers=2", "--threads=4", "--max-model-len=8192", "--codecs=tt_bfp8_b,int8"}
+    assert flags["decode-a"] >= shared | {"--kv-mode=fused"}
+    assert flags["decode-b"] >= shared | {"--kv-mode=materialise"}
+    assert flags["prefill-a"] >= {"--tp=2", "--max-model-len=4096", "--threads=2", "--listen=[::]:50061"}
+    assert all("--etcd-tls-dir=/etc/hma-serve/etcd-tls" in each for each in flags.values())
+    mounts = {name: {m["mountPath"] for m in spec["containers"][0]["volumeMounts"]} for name, spec in pods.items()}
+    assert {name for name, paths in mounts.items() if "/dev/shm" in paths} == {"prefill-a"}
+    caches = [v for spec in pods.values() for v in spec["volumes"] if v["name"] == "cache"]
+    assert caches == [{"name": "cache", "persistentVolumeClaim": {"claimName": "hub"}}] * len(pods)
+    environment = {variable["name"]: variable.get("value") for variable in pods["router"]["containers"][0]["env"]}
+    assert (environment["HF_HOME"], environment["HF_ENDPOINT"]) == ("/mirror", "http://hub")
+
+
+def test_routers_and_etcd_spread_over_nodes_unless_told_otherwise() -> None:
+    def constraints(*arguments: str) -> dict[str, list[Object]]:
+        workloads = of_kind(template(*arguments), "Deployment", "StatefulSet")
+        found = {pod_spec(w)["containers"][0]["name"]: (w, pod_spec(w)) for w in workloads}
+        for workload, spec in found.values():
+            for one in spec.get("topologySpreadConstraints", []):
+                labels = workload["spec"]["template"]["metadata"]["labels"]
+                assert one.get("labelSelector", {}).get("matchLabels", {}).items() <= labels.items()
+        return {name: spec.get("topologySpreadConstraints", []) for name, (_, spec) in found.items()}
+
+    usual = constraints()
+    assert [len(usual[name]) for name in ("router", "etcd", "prefill", "decode")] == [1, 1, 0, 0]
+    own = {
+        "maxSkew": 1,
+        "topologyKey": "zone",
+        "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": {}},
+    }
+    asked = [f"--set-json={part}.topologySpreadConstraints={json.dumps([own])}" for part in ("router", "etcd")]
+    told = constraints(*asked)
+    assert told["router"] == told["etcd"] == [own]
 
 
 @variants

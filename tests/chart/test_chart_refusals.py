@@ -60,6 +60,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"decode": {"pools": [{"name": "a", "autoscaling": {"type": "hpa", "minReplicas": 0}}]}},
         "an HPA cannot scale to zero",
     ),
+    "keda from zero": (
+        {
+            "monitoring": {"prometheusAddress": "http://prometheus:9090"},
+            "decode": {"pools": [{"name": "a", "autoscaling": {"type": "keda", "minReplicas": 0}}]},
+        },
+        "would never start one",
+    ),
+    "members that forget": ({"etcd": {"persistence": {"enabled": False}}}, "set etcd.replicas to 1"),
+    "a foreign authority for our own etcd": (
+        {"etcd": {"externalTlsSecret": "s"}},
+        "takes the certificates of tls",
+    ),
+    "a foreign authority but no TLS": (
+        {"etcd": {"enabled": False, "externalEndpoints": ["http://etcd:2379"], "externalTlsSecret": "s"}},
+        "without TLS",
+    ),
+    "a label that is no text": ({"router": {"nodeSelector": {"gpu": True}}}, "got boolean, want string"),
+    "a mode that is none": ({"decode": {"pools": [{"name": "a", "kvMode": "packed"}]}}, "'fused', 'materialise'"),
+    "a name that leaves no room": ({"fullnameOverride": "x" * 35}, "maxLength: got 35, want 34"),
     "keda without Prometheus": (
         {"decode": {"pools": [{"name": "a", "autoscaling": {"type": "keda"}}]}},
         "set monitoring.prometheusAddress",

@@ -19,6 +19,22 @@ NAMESPACE = "serving"
 
 Object = dict[str, Any]
 
+TUNED = [
+    '--set-json=prefill.pools=[{"name":"a","profile":"fp8_e4m3","accelerator":"cuda","tp":2}]',
+    '--set-json=decode.pools=[{"name":"a"},{"name":"b","kvMode":"materialise"}]',
+    '--set-json=decode.defaults.codecs=["tt_bfp8_b","int8"]',
+    "--set=decode.defaults.overcommit=true,decode.defaults.receivers=2,decode.defaults.threads=4",
+    "--set=decode.defaults.maxModelLen=8192,prefill.defaults.maxModelLen=4096,prefill.defaults.threads=2",
+    "--set=model.cacheVolume.persistentVolumeClaim.claimName=hub",
+    "--set=listenAddress=[::]",
+    "--set=etcd.enabled=false,etcd.externalTlsSecret=etcd-client",
+    '--set-json=etcd.externalEndpoints=["https://etcd.control:2379"]',
+    '--set-json=router.extraEnv=[{"name":"HF_HOME","value":"/mirror"},{"name":"HF_ENDPOINT","value":"http://hub"}]',
+    '--set-json=router.extraVolumes=[{"name":"mirror","emptyDir":{}}]',
+    '--set-json=router.extraVolumeMounts=[{"name":"mirror","mountPath":"/mirror"}]',
+]
+"""Each value that turns into a flag, a volume or a rule of its own, unlike its default."""
+
 
 def helm_binary() -> str:
     """The real helm; skips the test where there is none."""

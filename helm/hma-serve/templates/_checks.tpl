@@ -9,13 +9,19 @@
 {{- if and .Values.etcd.enabled (eq 0 (mod (int .Values.etcd.replicas) 2)) -}}
 {{- fail (printf "etcd.replicas must be odd, or losing half of %d members stops the registry." (int .Values.etcd.replicas)) -}}
 {{- end -}}
+{{- if and .Values.etcd.enabled (not .Values.etcd.persistence.enabled) (gt (int .Values.etcd.replicas) 1) -}}
+{{- fail "etcd.persistence.enabled is false: a member that comes back without its data breaks the others; set etcd.replicas to 1." -}}
+{{- end -}}
+{{- if and .Values.etcd.enabled .Values.etcd.externalTlsSecret -}}
+{{- fail "etcd.externalTlsSecret is for etcd.externalEndpoints; the chart's own etcd takes the certificates of tls." -}}
+{{- end -}}
 {{- if and .Values.tls.enabled (not .Values.tls.existingSecret) (not .Values.tls.certManager.issuerName) -}}
 {{- fail "tls.enabled needs tls.existingSecret or tls.certManager.issuerName." -}}
 {{- end -}}
-{{- if .Values.tls.enabled -}}
+{{- if or .Values.tls.enabled .Values.etcd.externalTlsSecret -}}
 {{- range .Values.etcd.externalEndpoints -}}
 {{- if hasPrefix "http://" . -}}
-{{- fail (printf "tls.enabled is set but etcd.externalEndpoints names %s without TLS." .) -}}
+{{- fail (printf "TLS is on but etcd.externalEndpoints names %s without TLS." .) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -48,7 +54,10 @@
 {{- fail (printf "%s: autoscaling.minReplicas is above maxReplicas." .where) -}}
 {{- end -}}
 {{- if and (eq .autoscaling.type "hpa") (lt (int .autoscaling.minReplicas) 1) -}}
-{{- fail (printf "%s: an HPA cannot scale to zero; use keda for autoscaling.minReplicas 0." .where) -}}
+{{- fail (printf "%s: an HPA cannot scale to zero; use keda, with autoscaling.metrics of your own, for minReplicas 0." .where) -}}
+{{- end -}}
+{{- if and (eq .autoscaling.type "keda") (not .autoscaling.metrics) (lt (int .autoscaling.minReplicas) 1) -}}
+{{- fail (printf "%s: with no pod there is nothing to measure, so the default triggers would never start one: set autoscaling.metrics, or minReplicas to 1 or more." .where) -}}
 {{- end -}}
 {{- if and (eq .autoscaling.type "keda") (not .autoscaling.metrics) (not .root.Values.monitoring.prometheusAddress) -}}
 {{- fail (printf "%s: keda asks Prometheus: set monitoring.prometheusAddress, or autoscaling.metrics." .where) -}}

@@ -1,14 +1,17 @@
-{{/* Names and labels. Every object is <release>-<part>; labels follow Kubernetes' recommendation. */}}
+{{/*
+Names and labels. Every object is <release>-<part>; labels follow Kubernetes' recommendation. A service's name may have
+63 characters: 34 of the release, "-prefill-", 20 of the pool.
+*/}}
 
 {{- define "hma.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 34 | trimSuffix "-" -}}
 {{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 34 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 34 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

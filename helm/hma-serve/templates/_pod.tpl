@@ -1,7 +1,18 @@
 {{/* The parts that the pods of all services share. */}}
 
-{{/* Environment: (dict "root" $ "component" "decode" "extra" .extraEnv). */}}
+{{/* Environment: (dict "root" $ "component" "decode" "extra" .extraEnv). A variable that `extra` names is taken from there. */}}
 {{- define "hma.env" -}}
+{{- $extra := default list .extra -}}
+{{- $named := dict -}}
+{{- range $extra -}}{{- $_ := set $named .name true -}}{{- end -}}
+{{- $env := list -}}
+{{- range (include "hma.ownEnv" . | fromYamlArray) -}}
+{{- if not (hasKey $named .name) -}}{{- $env = append $env . -}}{{- end -}}
+{{- end -}}
+{{- toYaml (concat $env $extra) -}}
+{{- end -}}
+
+{{- define "hma.ownEnv" -}}
 - name: POD_IP
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
 - name: POD_NAME
@@ -28,9 +39,6 @@
   value: {{ . | quote }}
 - name: OTEL_SERVICE_NAME
   value: hma-serve-{{ $.component }}
-{{- end }}
-{{- with .extra }}
-{{ toYaml . }}
 {{- end }}
 {{- end -}}
 
@@ -60,11 +68,14 @@ readinessProbe:
 {{- if .Values.tls.enabled }}
 - {name: tls, mountPath: /etc/hma-serve/tls, readOnly: true}
 {{- end }}
+{{- if .Values.etcd.externalTlsSecret }}
+- {name: etcd-tls, mountPath: /etc/hma-serve/etcd-tls, readOnly: true}
+{{- end }}
 {{- end -}}
 
 {{- define "hma.volumes" -}}
 - name: cache
-  emptyDir: {sizeLimit: {{ .Values.model.cacheSizeLimit }}}
+  {{- toYaml (default (dict "emptyDir" (dict "sizeLimit" .Values.model.cacheSizeLimit)) .Values.model.cacheVolume) | nindent 2 }}
 - name: tmp
   emptyDir: {sizeLimit: 1Gi}
 {{- with .Values.model.volume }}
@@ -75,9 +86,33 @@ readinessProbe:
 - name: tls
   secret: {secretName: {{ include "hma.tlsSecret" . }}, defaultMode: 0440}
 {{- end }}
+{{- with .Values.etcd.externalTlsSecret }}
+- name: etcd-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
 {{- end -}}
 
-{{/* Where pods may run: (dict "spec" .Values.router). */}}
+{{/* Flags for certificates. */}}
+{{- define "hma.tlsFlags" -}}
+{{- if .Values.tls.enabled }}
+- --tls-dir=/etc/hma-serve/tls
+{{- end }}
+{{- if .Values.etcd.externalTlsSecret }}
+- --etcd-tls-dir=/etc/hma-serve/etcd-tls
+{{- end }}
+{{- end -}}
+
+{{/* Constraints for what should not share a node, unless the values say others: labels that select the pods. */}}
+{{- define "hma.spread" -}}
+- maxSkew: 1
+  topologyKey: kubernetes.io/hostname
+  whenUnsatisfiable: ScheduleAnyway
+  labelSelector:
+    matchLabels:
+      {{- . | nindent 6 }}
+{{- end -}}
+
+{{/* Where pods may run: a part of the values, as .Values.router. */}}
 {{- define "hma.placement" -}}
 {{- with .nodeSelector }}
 nodeSelector:

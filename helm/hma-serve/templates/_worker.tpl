@@ -61,14 +61,19 @@ spec:
             {{- range .args }}
             - {{ . }}
             {{- end }}
-            - --listen=0.0.0.0:{{ $port }}
+            {{- range $flag, $value := dict "max-model-len" $pool.maxModelLen "threads" $pool.threads }}
+            {{- if $value }}
+            - --{{ $flag }}={{ int $value }}
+            {{- end }}
+            {{- end }}
+            - --listen={{ $root.Values.listenAddress }}:{{ $port }}
             - --advertise=$(POD_IP)
-            - --http-listen=0.0.0.0:{{ $root.Values.workerPorts.status }}
+            - --http-listen={{ $root.Values.listenAddress }}:{{ $root.Values.workerPorts.status }}
             - --price-per-hour={{ $pool.pricePerHour }}
             - --drain-grace={{ int $pool.drainSeconds }}
             - --log-format=json
-            {{- if $root.Values.tls.enabled }}
-            - --tls-dir=/etc/hma-serve/tls
+            {{- with include "hma.tlsFlags" $root }}
+            {{- trim . | nindent 12 }}
             {{- end }}
             {{- range $pool.extraArgs }}
             - {{ . | quote }}
@@ -88,6 +93,9 @@ spec:
             {{- if $pool.hugepages1Gi }}
             - {name: hugepages, mountPath: /dev/hugepages-1G}
             {{- end }}
+            {{- if gt (int $pool.tp) 1 }}
+            - {name: shared-memory, mountPath: /dev/shm}
+            {{- end }}
             {{- with $pool.extraVolumeMounts }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
@@ -96,6 +104,11 @@ spec:
         {{- if $pool.hugepages1Gi }}
         - name: hugepages
           emptyDir: {medium: HugePages-1Gi}
+        {{- end }}
+        {{- if gt (int $pool.tp) 1 }}
+        # Ranks meet in it; a container's own has 64 MiB.
+        - name: shared-memory
+          emptyDir: {medium: Memory, sizeLimit: 1Gi}
         {{- end }}
         {{- with $pool.extraVolumes }}
         {{- toYaml . | nindent 8 }}
