@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import shutil
 import socket
 import ssl
 import time
@@ -13,9 +15,11 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hma_serve.cli.certs import main as certs
+from hma_serve.cli.certs import write_certificates
 from hma_serve.client import Client, RetryPolicy, Tls, Unavailable
 from hma_serve.core.errors import FailedPrecondition, HmaError, InvalidArgument
 from hma_serve.registry import Tls as EtcdTls
@@ -185,6 +189,37 @@ async def test_replaced_certificates_are_taken_up_without_a_restart(tmp_path: Pa
     finally:
         await cache.close()
         await server.stop(0)
+
+
+async def test_what_has_expired_or_names_another_service_is_refused(tmp_path: Path) -> None:
+    """Whichever end shows it. A client is recognised by its authority alone, a server also by its name."""
+    assert certs([str(tmp_path / "good")]) == 0
+    ours, day = x509.DNSName(SERVICE_NAME), datetime.timedelta(days=1)
+    for name, alternative, valid in (
+        ("expired", ours, datetime.timedelta(minutes=-1)),
+        ("other", x509.DNSName("other.example"), day),
+    ):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        write_certificates(tmp_path / name, [alternative], valid)
+
+    async def ask(server_shows: str, client_shows: str) -> grpc.StatusCode:
+        server = GrpcServer("test", "127.0.0.1:0", [], tls=TlsConfig.in_directory(tmp_path / server_shows))
+        cache = ChannelCache(tls=TlsConfig.in_directory(tmp_path / client_shows))
+        try:
+            with cache.lease(await server.start()) as channel:
+                stub: Any = health_pb2_grpc.HealthStub(channel)
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        finally:
+            await cache.close()
+            await server.stop(0)
+        return grpc.StatusCode.OK
+
+    for server_shows, client_shows in (("expired", "good"), ("good", "expired"), ("other", "good")):
+        assert await ask(server_shows, client_shows) is grpc.StatusCode.UNAVAILABLE
+    for client_shows in ("good", "other"):
+        assert await ask("good", client_shows) is grpc.StatusCode.OK
 
 
 def test_the_registrys_client_takes_up_replaced_certificates(tmp_path: Path) -> None:
