@@ -34,6 +34,19 @@ def test_it_builds_in_one_stage_and_runs_in_another_without_root(role: str) -> N
 
 
 @pytest.mark.parametrize("role", ROLES)
+def test_its_user_may_write_its_home_without_a_volume(role: str) -> None:
+    """A directory that WORKDIR makes belongs to root."""
+    names = [name for name, _ in instructions(role)]
+    steps = dict(instructions(role))
+    owner, _, group = steps["USER"].partition(":")
+    home = re.search(r"HOME=(\S+)", steps["ENV"])
+    assert home is not None
+    assert home[1] == steps["WORKDIR"]
+    made = ("RUN", f"install --directory --owner {owner} --group {group} {home[1]}")
+    assert instructions(role).index(made) < names.index("USER")
+
+
+@pytest.mark.parametrize("role", ROLES)
 def test_what_it_copies_is_there_and_in_the_context(role: str) -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copies = [rest.split() for name, rest in instructions(role) if name == "COPY" and not rest.startswith("--from")]
