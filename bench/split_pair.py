@@ -1,4 +1,4 @@
-"""A real prefill worker and a real decode worker with a limited link between them, and one request through both."""
+"""Real prefill and decode workers, perhaps with a limited link between them, and one request through both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from hma_serve.v1 import (
 
 _SERVING = re.compile(r"gRPC (\S+), HTTP")
 _SECONDS = 600.0
+_START_SECONDS = 300.0
 _numbers = itertools.count()
 
 
@@ -55,20 +57,36 @@ def worker(role: str, *arguments: str) -> Iterator[Worker]:
     # Two workers on one machine must not fight for its cores with spinning threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+    watchdog = threading.Timer(_START_SECONDS, process.kill)
+    watchdog.start()
     assert process.stderr is not None
     said: list[str] = []
     try:
         for line in process.stderr:
             said.append(line)
             if found := _SERVING.search(line):
+                watchdog.cancel()
                 threading.Thread(target=said.extend, args=(process.stderr,), daemon=True).start()
                 yield Worker(found[1], line)
                 break
         else:
             raise RuntimeError(f"the {role} worker did not start:\n{''.join(said)}")
     finally:
+        watchdog.cancel()
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def started_together(makers: Sequence[contextlib.AbstractContextManager[Worker]]) -> Iterator[list[Worker]]:
+    """Enters the contexts of several workers at once, since each spends its start on loading a model."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(makers)) as pool:
+        starts = [pool.submit(maker.__enter__) for maker in makers]
+        wait(starts)
+        for maker, start in zip(makers, starts, strict=True):
+            if start.exception() is None:
+                stack.push(maker)
+        yield [start.result() for start in starts]
 
 
 @dataclass(frozen=True)
@@ -96,18 +114,28 @@ class Pair:
     Args:
         prefill: Channel to prefill.
         decode: Channel to decode, not limited.
-        link: From prefill to decode.
+        link: From prefill to decode; None: prefill sends to where tickets say.
         info: What prefill says of itself.
     """
 
     def __init__(
-        self, prefill: grpc.aio.Channel, decode: grpc.aio.Channel, link: LimitedLink, info: worker_pb2.WorkerInfo
+        self,
+        prefill: grpc.aio.Channel,
+        decode: grpc.aio.Channel,
+        link: LimitedLink | None,
+        info: worker_pb2.WorkerInfo,
     ) -> None:
         self._prefill = prefill_pb2_grpc.PrefillStub(prefill)
         self._decode: Any = decode_pb2_grpc.DecodeStub(decode)
         self._load: Any = worker_pb2_grpc.WorkerStub(decode)
         self._info = info
-        self.link = link
+        self._link = link
+
+    @property
+    def link(self) -> LimitedLink:
+        """From prefill to decode."""
+        assert self._link is not None
+        return self._link
 
     async def run(self, tokens: int, new_tokens: int = 1) -> Passage:
         """One request of so many packed tokens, none of it seen before."""
@@ -119,7 +147,7 @@ class Pair:
             context=request.context,
             token_ids=request.prompt_token_ids[:tokens],
             ticket=ticket.nonce,
-            decode_address=self.link.address,
+            decode_address=self._link.address if self._link else ticket.push_address,
         )
         asked_at = time.perf_counter()
         responses: list[Any] = [response async for response in self._prefill.Prefill(asked)]
@@ -180,14 +208,15 @@ class Pair:
 
 
 @contextlib.asynccontextmanager
-async def connected(prefill: Worker, decode: Worker) -> AsyncIterator[Pair]:
-    """Puts a link, not limited yet, between two running workers."""
-    async with LimitedLink(decode.address) as link:
+async def connected(prefill: Worker, decode: Worker, *, link: bool = True) -> AsyncIterator[Pair]:
+    """Two running workers, with a link, not limited yet, between them, or with none."""
+    async with contextlib.AsyncExitStack() as stack:
+        between = await stack.enter_async_context(LimitedLink(decode.address)) if link else None
         channels = open_channel(prefill.address), open_channel(decode.address)
         try:
             about: Any = worker_pb2_grpc.WorkerStub(channels[0])
             info = (await about.Describe(worker_pb2.DescribeRequest())).worker
-            yield Pair(*channels, link, info)
+            yield Pair(*channels, between, info)
         finally:
             for channel in channels:
                 await channel.close()
