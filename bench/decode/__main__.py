@@ -1,8 +1,13 @@
-"""`python -m bench.decode [--no-check] [PART ...]`: parts 8B, attention, 32B, 14B, 4B, codecs; all of them by default.
+"""`python -m bench.decode [--no-check] [--tests EXPRESSION] [PART ...]`: all parts by default, in the order of `PARTS`.
 
 Runs the GPU tests in parallel processes (and compiles what is timed meanwhile), times, writes `decode.json` and
-`decode.svg` into $OUT or the current directory, and prints its tables last. Part `attention` is (a) for block float,
-`codecs` for other formats; format `bf16` in (b) is the same step with its KV materialised, so (c) is read off both.
+`decode.svg` into $OUT or the current directory, and prints its tables last. `decode.json` is written again after every
+part, so a run that is cut short keeps what it had.
+
+Parts `8B` to `4B` are whole steps (b); format `bf16` there is the same step with its KV materialised, so (c) is read
+off both. Part `attention` is (a) for block float, `codecs` for other formats, `beside` what flex_attention and
+FlashInfer take at the same points. `extend` is several query tokens of a sequence, read together or each for itself;
+`fold` who adds the parts of a (row, head).
 """
 
 from __future__ import annotations
@@ -14,43 +19,49 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.decode import attention, step
+from bench.decode import attention, beside, extend, fold, step
 from bench.decode.picture import picture
 from bench.decode.timing import copy_bandwidth
 from bench.figures import provenance
 
-PARTS = ("8B", "attention", "32B", "14B", "4B", "codecs")
+PARTS = ("8B", "attention", "extend", "fold", "32B", "14B", "4B", "codecs", "beside")
+COMPILED: dict[str, list[Any]] = {**attention.COMPILED, "extend": extend.COMPILED, "fold": fold.COMPILED}
 
 
 def main() -> int:
     """Runs what was asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="run the GPU tests first")
+    parser.add_argument("--tests", default="", metavar="EXPRESSION", help="only those, as pytest -k takes it")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no new row after so many")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     args = parser.parse_args()
+    parts = args.parts or PARTS
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     end = time.monotonic() + args.seconds
     out = Path(os.environ.get("OUT", "."))
-    passed = _check(out) if args.check else None
+    passed = _check(out, args.tests, parts) if args.check else None
     copy = copy_bandwidth()
+    tables: dict[str, list[Any]] = {name: [] for name in ("attention", "steps", "extend", "fold", "beside")}
     found: dict[str, Any] = {
         "provenance": provenance(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "copy_tb_per_s": copy / 1e12,
         "checks_passed": passed,
-        "attention": [],
-        "steps": [],
+        **tables,
     }
-    for part in args.parts or PARTS:
-        kernel = part in attention.PARTS
-        for row in attention.measure(copy, part) if kernel else step.measure(copy, part):
-            found["attention" if kernel else "steps"].append(dataclasses.asdict(row))
+    for part in parts:
+        table, rows = _measure(copy, part)
+        for row in rows:
+            tables[table].append(dataclasses.asdict(row))
             if time.monotonic() > end:
                 break
         torch.cuda.empty_cache()
@@ -62,14 +73,28 @@ def main() -> int:
     return 1 if passed is False else 0
 
 
-def _check(out: Path) -> bool:
+def _measure(copy: float, part: str) -> tuple[str, Iterator[Any]]:
+    """A part's table, and its rows as they are measured."""
+    if part in attention.PARTS:
+        return "attention", attention.measure(copy, part)
+    if part == "extend":
+        return "extend", extend.measure()
+    if part == "fold":
+        return "fold", fold.measure(copy)
+    if part == "beside":
+        return "beside", beside.measure()
+    return "steps", step.measure(copy, part)
+
+
+def _check(out: Path, expression: str, parts: Iterable[str]) -> bool:
     """Whether the GPU tests pass; compiles what will be timed beside them."""
     workers = max(1, (os.cpu_count() or 1) - 2)
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", str(workers), "tests/gpu"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", expression, "-n", str(workers), "tests/gpu"]
+    wanted = [each for part in parts for each in COMPILED.get(part, ())]
     with (out / "checks.log").open("w") as log:
         running = [
             subprocess.Popen([sys.executable, "-c", f"from bench.decode import attention as a; a.fused_us{each}"])
-            for each in attention.COMPILED
+            for each in wanted
         ]
         passed = subprocess.run(tests, stdout=log, stderr=subprocess.STDOUT, check=False).returncode == 0
         compiled = [process.wait() == 0 for process in running]
@@ -79,14 +104,29 @@ def _check(out: Path) -> bool:
 def _show(found: dict[str, Any]) -> None:
     print(f"{found['gpu']}, torch {found['torch']}, copy {found['copy_tb_per_s']:.2f} TB/s, {found['provenance']}")
     print(f"checks passed: {found['checks_passed']}")
-    print("(a) one layer: query heads, codec, sequences x tokens: us, TB/s, of copy | SDPA BF16, flex")
+    print("(a) one layer: query heads, codec, sequences x tokens: us, TB/s, of copy | SDPA BF16")
     for row in found["attention"]:
         even = "" if row["balanced"] else " imbalanced"
-        beside = " ".join(f"{row[name]:.1f}" for name in ("sdpa_us", "flex_us") if row[name] is not None)
+        sdpa = "" if row["sdpa_us"] is None else f"{row['sdpa_us']:.1f}"
         print(
             f"{row['group']} {row['page_format']} {row['batch']}x{row['context']}{even}: {row['us']:.1f} "
-            f"{row['tb_per_s']:.2f} {row['of_copy']:.2f} | {beside}"
+            f"{row['tb_per_s']:.2f} {row['of_copy']:.2f} | {sdpa}"
         )
+    print("one layer on BF16: query heads, sequences x tokens: flex, FlashInfer, us")
+    for row in found["beside"]:
+        print(f"{row['group']} {row['batch']}x{row['context']}: {row['flex_us']:.1f} {row['flashinfer_us']}")
+    print(
+        "an extend: query heads, codec, sequences x tokens, query tokens: read together: us, MB loaded | SDPA BF16, us"
+    )
+    for row in found["extend"]:
+        print(
+            f"{row['group']} {row['page_format']} {row['batch']}x{row['context']}, {row['tokens']}: {row['queries']}: "
+            f"{row['us']:.1f} {row['read_bytes'] / 1e6:.1f} | {row['sdpa_us']:.1f}"
+        )
+    print("parts added in the kernel: sequences x tokens, up to so many: us, of copy")
+    for row in found["fold"]:
+        even = "" if row["balanced"] else " imbalanced"
+        print(f"{row['batch']}x{row['context']}{even}, {row['fold']}: {row['us']:.1f} {row['of_copy']:.2f}")
     print("(b) a step, ms: model, codec, sequences x tokens: step | products, attention, rest | floor, vLLM")
     for row in found["steps"]:
         rest = 1 - (row["gemm_ms"] + row["attention_ms"]) / row["ms"]

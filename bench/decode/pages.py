@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hma_serve.core.groups import GROUP_TOKENS
-from hma_serve.decode.kernels.attention_call import LayerPages
+from hma_serve.decode.kernels.attention_call import LayerPages, StepRows, together
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, FP8, INTEGER, MXFP8, PackedKind
 
 TAIL = 17
@@ -42,7 +42,7 @@ class KvMemory:
         tables: int32 [2, rows, pages].
         kind: Of packed pages; None: all are plain.
         packed: int32 [rows], packed pages.
-        length: int32 [rows], tokens.
+        length: int32 [rows], tokens with those behind the packed ones.
         read_bytes: What a step reads of one layer.
     """
 
@@ -53,13 +53,27 @@ class KvMemory:
     length: torch.Tensor
     read_bytes: int
 
+    def rows(self, tokens: int = 1, queries: int = 1) -> StepRows:
+        """The last tokens of every sequence, so many of which are read together."""
+        count = len(self.length)
+        slot = torch.arange(count, dtype=torch.int32, device="cuda").repeat_interleave(tokens)
+        before = torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device="cuda").repeat(count)
+        more = torch.tensor(together(tokens, queries) * count, dtype=torch.int32, device="cuda")
+        packed, length = (each.repeat_interleave(tokens) for each in (self.packed, self.length))
+        return StepRows(slot, packed, length - before, torch.zeros_like(slot), more)
+
     def pages(self, layer: int) -> LayerPages:
         kind = self.kind or BLOCK_FLOAT
         return LayerPages(self.layers[layer], self.tables[0], self.tables[1], kind, kind)
 
 
-def random_kv(kind: PackedKind | None, contexts: list[int], layers: int, kv_heads: int, head_dim: int) -> KvMemory:
-    """KV of sequences with so many packed tokens each, pages of all of them in random order, on the current GPU."""
+def random_kv(
+    kind: PackedKind | None, contexts: list[int], layers: int, kv_heads: int, head_dim: int, tail: int = TAIL
+) -> KvMemory:
+    """KV of sequences with so many packed tokens each, pages of all of them in random order, on the current GPU.
+
+    Behind them stand `tail` plain ones, at most 32.
+    """
     packed = [context // GROUP_TOKENS for context in contexts]
     packed_units, plain_units = page_bytes(kind, head_dim) // _UNIT, page_bytes(None, head_dim) // _UNIT
     total, rows = sum(packed), len(contexts)
@@ -78,10 +92,10 @@ def random_kv(kind: PackedKind | None, contexts: list[int], layers: int, kv_head
     at = 0
     for row, count in enumerate(packed):
         tables[:, row, :count] = order[:, at : at + count]
-        tail = 2 * total * packed_units + 2 * row * plain_units
-        tables[0, row, count], tables[1, row, count] = tail, tail + plain_units
+        last = 2 * total * packed_units + 2 * row * plain_units
+        tables[0, row, count], tables[1, row, count] = last, last + plain_units
         at += count
-    length = torch.tensor([GROUP_TOKENS * count + TAIL for count in packed], dtype=torch.int32, device="cuda")
+    length = torch.tensor([GROUP_TOKENS * count + tail for count in packed], dtype=torch.int32, device="cuda")
     stored = torch.tensor(packed, dtype=torch.int32, device="cuda")
     read = 2 * kv_heads * _UNIT * (total * packed_units + rows * plain_units)
     return KvMemory(memory.view(torch.int32), tables, kind, stored if kind else torch.zeros_like(stored), length, read)

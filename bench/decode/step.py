@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.decode.attention import HEAD_DIM, KV_HEADS, WARPS
+from bench.decode.attention import work_of
+from bench.decode.beside import HEAD_DIM, KV_HEADS
 from bench.decode.pages import KINDS, KvMemory, random_kv
 from bench.decode.timing import Work, microseconds
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, QueryOperand, StepRows
+from hma_serve.decode.kernels.attention_call import QueryOperand
 from hma_serve.decode.kernels.step_model import StepMemory, StepModel
 from hma_serve.model import tensor_shapes
 
@@ -165,14 +166,11 @@ def measure(copy: float, model: str) -> Iterator[StepRow]:
 def _step_ms(step: StepModel, kv: KvMemory, batch: int) -> tuple[float, float]:
     """The step, and its attention alone."""
     config = step.config
-    slots = torch.arange(batch, dtype=torch.int32, device="cuda")
-    rows = StepRows(slots, kv.packed, kv.length, torch.zeros_like(slots))
-    programs = WARPS * torch.cuda.get_device_properties(0).multi_processor_count
-    shape = AttentionShape(batch, KV_HEADS, config.group_size, HEAD_DIM, programs, 1)
-    work = AttentionWork(shape, rows, 0, "cuda")
+    rows = kv.rows()
+    work = work_of(config.group_size, rows)
     pages = [kv.pages(layer) for layer in range(config.num_layers)]
     token = torch.randint(0, config.vocab_size, (batch,), dtype=torch.int32, device="cuda")
-    wide = slots.long()
+    wide = rows.slot.long()
     memory = StepMemory(token, torch.zeros_like(wide), wide, rows)
     query = QueryOperand.of(torch.randn(batch, config.num_heads, HEAD_DIM, device="cuda").bfloat16())
     out = torch.empty(batch, config.num_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)

@@ -8,6 +8,8 @@ from support.decode_kernel_checks import (
     MATRICES,
     STEP_ERROR,
     AttentionCheck,
+    extend_grid,
+    fold_grid,
     grid,
     matvec_error,
     step_error,
@@ -22,6 +24,16 @@ pytestmark = [
 
 @pytest.mark.parametrize("check", grid(), ids=str)
 def test_attention_agrees_with_float64(check: AttentionCheck) -> None:
+    assert check.run(ptx=True) <= ATTENTION_ERROR
+
+
+@pytest.mark.parametrize("check", extend_grid(), ids=str)
+def test_an_extend_agrees_with_float64(check: AttentionCheck) -> None:
+    assert check.run(ptx=True) <= ATTENTION_ERROR
+
+
+@pytest.mark.parametrize("check", fold_grid(), ids=str)
+def test_parts_folded_by_the_last_program_agree_with_float64(check: AttentionCheck) -> None:
     assert check.run(ptx=True) <= ATTENTION_ERROR
 
 

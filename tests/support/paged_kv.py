@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, QueryOperand, StepRows
+from hma_serve.decode.kernels.attention_call import (
+    AttentionShape,
+    AttentionWork,
+    LayerPages,
+    QueryOperand,
+    StepRows,
+    together,
+)
 from hma_serve.decode.kernels.fragment_order import arrange_plain
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.page_order import Role
@@ -31,6 +38,7 @@ class PagedCase:
 def paged_case(
     shape: AttentionShape,
     sequences: list[tuple[int, int]],
+    counts: list[int] | None = None,
     *,
     k_format: str = "tt_bfp8_b",
     v_format: str = "tt_bfp8_b",
@@ -38,7 +46,11 @@ def paged_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> PagedCase:
-    """Sequences of (packed pages, plain tokens), their pages in any order."""
+    """Sequences of (packed pages, plain tokens), their pages in any order.
+
+    The last `counts` plain tokens of each are asked about, by default one; together they are the shape's rows.
+    """
+    counts = counts or [1] * len(sequences)
     generator = torch.Generator(device).manual_seed(seed)
     kv, group, dim = shape.kv_heads, shape.group, shape.head_dim
     k_kind, v_kind = packed_kind(k_format), packed_kind(v_format)
@@ -72,14 +84,14 @@ def paged_case(
             where = int(place) * 16
             memory[head, where : where + page.shape[-1]] = page[head]
 
-    q = noise(len(sequences), kv * group, dim).bfloat16()
+    q = noise(shape.rows, kv * group, dim).bfloat16()
     offsets = noise(kv, dim) if offset else None
-    expected = torch.zeros(len(sequences), kv * group, dim, dtype=torch.float64, device=device)
-    rows = StepRows.empty(len(sequences), device)
+    expected = torch.zeros(shape.rows, kv * group, dim, dtype=torch.float64, device=device)
+    rows = StepRows.empty(shape.rows, device)
     work = AttentionWork(shape, rows, 0, device)
-    scale, at, plain_at = dim**-0.5, 0, 0
-    for row, (count, tail) in enumerate(sequences):
-        slot, tail_pages = int(slots[row]), -(-tail // 32)
+    scale, at, plain_at, row = dim**-0.5, 0, 0, 0
+    for number, (count, tail) in enumerate(sequences):
+        slot, tail_pages = int(slots[number]), -(-tail // 32)
         taken = places[2 * (at + plain_at) :][: 2 * (count + tail_pages)].view(2, -1)
         tables[:, slot, : count + tail_pages] = taken.int()
         ids = torch.arange(at, at + count, device=device)
@@ -98,7 +110,12 @@ def paged_case(
                 last = torch.cat([plain[tail_ids[-1], :, : tail % 32], hole], 1)
                 put(arrange_plain(last, keys).view(torch.uint8), place)
         at, plain_at = at + count, plain_at + tail_pages
-        rows.slot[row], rows.packed[row], rows.length[row] = slot, count, 32 * count + tail
+        asked = slice(row, row + counts[number])
+        rows.slot[asked], rows.packed[asked] = slot, count
+        length = 32 * count + tail - torch.arange(counts[number] - 1, -1, -1, device=device)
+        rows.length[asked] = length.int()
+        rows.more[asked] = torch.tensor(together(counts[number], shape.queries), dtype=torch.int32, device=device)
+        row += counts[number]
         moved = k_values[ids].transpose(0, 1).flatten(1, 2)
         if offsets is not None:
             moved = moved + offsets[:, None].double()
@@ -106,8 +123,11 @@ def paged_case(
         tail_v = plain[v_ids].double().transpose(0, 1).flatten(1, 2)[:, :tail]
         all_keys = torch.cat([moved, tail_k], 1)
         values = torch.cat([v_values[ids].transpose(0, 1).flatten(1, 2), tail_v], 1)
-        scores = q[row].double().view(kv, group, dim) @ all_keys.transpose(1, 2) * scale
-        expected[row] = (scores.softmax(-1) @ values).flatten(0, 1)
+        queries = q[asked].double().view(-1, kv, group, dim)
+        scores = torch.einsum("nkgd,ktd->nkgt", queries, all_keys) * scale
+        later = torch.arange(32 * count + tail, device=device) >= length[:, None]
+        weights = scores.masked_fill(later[:, None, None], -torch.inf).softmax(-1)
+        expected[asked] = torch.einsum("nkgt,ktd->nkgd", weights, values).flatten(1, 2)
     return PagedCase(
         work,
         QueryOperand.of(q, offsets),

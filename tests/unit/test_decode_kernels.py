@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hma_serve.decode.kernels.attention_call import AttentionShape, queries_at_once, together, warps_at_once
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.page_order import Role
@@ -17,9 +18,10 @@ TESTS = Path(__file__).parents[1]
 ROLES = pytest.mark.parametrize("role", Role)
 
 
-def test_kernels_agree_with_float64_and_with_the_model() -> None:
+@pytest.mark.parametrize("part", ["single", "extend", "fold", "step"])
+def test_kernels_agree_with_float64_and_with_the_model(part: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "support.decode_kernel_checks"]
+    command = [sys.executable, "-m", "support.decode_kernel_checks", part]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -52,3 +54,31 @@ def test_every_element_of_a_byte_page_has_its_place(role: Role) -> None:
 
 def test_formats_without_a_reader_have_no_kind() -> None:
     assert [name for name in ("nvfp4", "int4", "bf16", "f32") if packed_kind(name) is not None] == []
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("count", range(1, 34))
+def test_query_tokens_are_read_together_in_order(count: int, queries: int) -> None:
+    more = together(count, queries)
+    assert len(more) == count
+    row = 0
+    while row < count:
+        size = more[row] + 1
+        assert 0 < size <= queries
+        assert more[row + 1 : row + size] == [-i for i in range(1, size)]
+        row += size
+    assert sum(each >= 0 for each in more) == -(-count // queries)
+
+
+@pytest.mark.parametrize("group", range(1, 9))
+def test_as_many_query_tokens_are_read_together_as_fill_two_products(group: int) -> None:
+    queries = queries_at_once(group)
+    assert queries * group <= 16 < (queries + 1) * group
+    assert AttentionShape(3, 2, group, 64, 7, queries=queries).tiles == 2
+    assert warps_at_once(group, 1) > warps_at_once(group, queries) >= 8
+
+
+@pytest.mark.parametrize(("group", "head_dim", "queries"), [(9, 64, 1), (0, 64, 1), (4, 48, 1), (4, 64, 5), (4, 64, 0)])
+def test_what_the_kernel_cannot_read_is_refused(group: int, head_dim: int, queries: int) -> None:
+    with pytest.raises(ValueError, match=r"query (heads|tokens)"):
+        AttentionShape(1, 1, group, head_dim, 1, queries=queries)

@@ -1,8 +1,9 @@
 """`StepRunner` for CUDA devices: a step is one copy to the device and one replay of a captured graph.
 
 A graph is captured per bucket of rows and per mixture of page kinds, when it is first needed; lengths, tables and
-tokens lie in device memory, so it serves any. Every query token is a row of its own with its own length: a prompt's
-last tokens, which see one another through the pages that the step has just written, need no kernel of their own.
+tokens lie in device memory, so it serves any. Every query token is a row of its own with its own length. A prompt's
+last tokens see one another through the pages that the step has just written; a step that has such an *extend* reads
+their pages for several of them at once, in a launch of its own beside the one for single tokens.
 
 The host writes what a step needs into pinned memory, enqueues, and goes on. What was drawn comes back the same way, so
 `drawn` waits for its own step and not for the one that began after it.
@@ -11,13 +12,24 @@ The host writes what a step needs into pinned memory, enqueues, and goes on. Wha
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from hma_serve.core.errors import InvalidArgument
-from hma_serve.decode.kernels.attention_call import AttentionShape, AttentionWork, LayerPages, StepRows, pages_of
+from hma_serve.decode.kernels.attention_call import (
+    AttentionShape,
+    AttentionWork,
+    LayerPages,
+    PartMemory,
+    StepRows,
+    pages_of,
+    queries_at_once,
+    together,
+    warps_at_once,
+)
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, PackedKind
 from hma_serve.decode.kernels.page_orders import packed_kind
 from hma_serve.decode.kernels.step_model import StepMemory, StepModel
@@ -26,12 +38,11 @@ from hma_serve.decode.runner import DrawnTokens, Step, to_host
 from hma_serve.decode.sampler import Drawn, Inputs, Occurrences, Rows, sample
 from hma_serve.decode.scheduler import Share
 
-_WARPS_PER_MULTIPROCESSOR = 16
 _LEAST_PAGES = 1
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 # Steps under way at most: two, and the one being written.
 _STAGES = 3
-_FIELDS = 6
+_FIELDS = 7
 
 _Kinds = tuple[PackedKind, PackedKind]
 
@@ -88,9 +99,18 @@ class GpuStepRunner:
         self._stage = 0
         self._slots = _Slots(2 * sequences, pages_of(max_tokens), device, arrivals)
         self._memory = pool.memory.view(torch.int32)
-        self._graphs: dict[tuple[int, tuple[_Kinds, ...]], _Graph] = {}
+        self._graphs: dict[tuple[int, tuple[_Kinds, ...], bool], _Graph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle()
-        self._programs = _WARPS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        config = model.config
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._queries = queries_at_once(config.group_size)
+        # Of single tokens, and of several that are read together: how many programs, and what these leave.
+        self._programs: dict[int, int] = {}
+        self._parts: dict[int, PartMemory] = {}
+        for queries in (1, self._queries):
+            programs = processors * warps_at_once(config.group_size, queries)
+            self._programs[queries] = programs
+            self._parts[queries] = PartMemory(programs, queries * config.group_size, config.head_dim, device)
 
     @torch.inference_mode()
     def warm_up(self, kinds: Sequence[PackedKind]) -> None:
@@ -99,10 +119,11 @@ class GpuStepRunner:
         What is left is captured when it is first needed, which then takes a fraction of a second.
         """
         for kind in kinds:
-            for bucket in _BUCKETS if kind is kinds[0] else _BUCKETS[:1]:
+            for bucket in _BUCKETS if kind is kinds[0] else _BUCKETS[:2]:
                 if bucket <= self._rows:
-                    pair = ((kind, kind),)
-                    self._graphs[bucket, pair] = self._capture(bucket, pair)
+                    self._graph(bucket, ((kind, kind),), extends=False)
+                    if bucket > 1:
+                        self._graph(bucket, ((kind, kind),), extends=True)
 
     @torch.inference_mode()
     def begin(self, shares: Sequence[Share]) -> Step:
@@ -110,32 +131,33 @@ class GpuStepRunner:
         kinds = self._kinds(shares)
         count = sum(share.count for share in shares)
         bucket = next(bucket for bucket in _BUCKETS if bucket >= count)
-        graph = self._graphs.get((bucket, kinds))
-        if graph is None:
-            graph = self._graphs[bucket, kinds] = self._capture(bucket, kinds)
+        graph = self._graph(bucket, kinds, extends=any(share.count > 1 for share in shares))
         self._inputs.copy_(self._written(shares, kinds, bucket), non_blocking=True)
         graph.graph.replay()
         sampling = sum(share.samples for share in shares)
         return _GpuStep(graph.logits[:sampling], graph.greedy[:sampling], self._last)
 
     def _written(self, shares: Sequence[Share], kinds: tuple[_Kinds, ...], bucket: int) -> torch.Tensor:
-        """A step's rows in pinned memory: token, slot, packed, length, kind, and the rows that are sampled."""
+        """A step's rows in pinned memory: token, slot, packed, length, kind, more, and the rows that are sampled."""
         self._stage = (self._stage + 1) % _STAGES
         stage = self._stages[self._stage]
         stage[:, :bucket] = 0
         slots = self._slots.of([share.sequence.pages for share in shares])
-        columns: list[tuple[int, int, int, int, int]] = []
+        columns: list[tuple[int, int, int, int, int, int]] = []
         chosen = []
         for share, slot in zip(shares, slots, strict=True):
             need = share.sequence.pages.need
             own = self._kind(share)
             kind, packed = (0, 0) if own is None else (kinds.index(own), need.packed_groups)
+            if share.count > 1:
+                kind += len(kinds)
             tokens = share.tokens if share.carried is None else (-1 - share.carried,)
-            columns += [(token, slot, packed, share.start + place + 1, kind) for place, token in enumerate(tokens)]
+            for place, (token, more) in enumerate(zip(tokens, together(share.count, self._queries), strict=True)):
+                columns.append((token, slot, packed, share.start + place + 1, kind, more))
             if share.samples:
                 chosen.append(len(columns) - 1)
-        stage[:5, : len(columns)] = torch.tensor(columns, dtype=torch.int32).T
-        stage[5, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        stage[:6, : len(columns)] = torch.tensor(columns, dtype=torch.int32).T
+        stage[6, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
         return stage
 
     def _kind(self, share: Share) -> _Kinds | None:
@@ -150,25 +172,15 @@ class GpuStepRunner:
         in_order = sorted(kinds, key=lambda pair: [(each.elements, each.scales) for each in pair])
         return tuple(in_order) or ((BLOCK_FLOAT, BLOCK_FLOAT),)
 
-    def _capture(self, bucket: int, kinds: tuple[_Kinds, ...]) -> _Graph:
-        config, device = self._model.config, self._model.device
-        token, slot, packed, length, kind, chosen = self._inputs[:, :bucket]
-        rows = StepRows(slot, packed, length, kind)
-        shape = AttentionShape(
-            bucket, config.num_kv_heads, config.group_size, config.head_dim, self._programs, _LEAST_PAGES
-        )
-        works = [AttentionWork(shape, rows, number, device) for number in range(len(kinds))]
-        pages = [
-            [LayerPages(layer, self._slots.k_table, self._slots.v_table, *pair) for layer in self._memory]
-            for pair in kinds
-        ]
-        memory = StepMemory(token, self._last, self._chosen[:bucket], rows)
+    def _graph(self, bucket: int, kinds: tuple[_Kinds, ...], *, extends: bool) -> _Graph:
+        graph = self._graphs.get((bucket, kinds, extends))
+        if graph is None:
+            graph = self._graphs[bucket, kinds, extends] = self._capture(bucket, kinds, extends=extends)
+        return graph
 
-        def run() -> tuple[torch.Tensor, torch.Tensor]:
-            self._chosen[:bucket].copy_(chosen)
-            logits = self._model.run(memory, pages, works)
-            return logits, logits.argmax(-1)
-
+    def _capture(self, bucket: int, kinds: tuple[_Kinds, ...], *, extends: bool) -> _Graph:
+        device = self._model.device
+        run, works = self._kernels(bucket, kinds, extends=extends)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         # What a larger step left there would point at rows that this one does not have.
@@ -180,6 +192,40 @@ class GpuStepRunner:
         with torch.cuda.graph(graph, pool=self._graph_memory):
             logits, greedy = run()
         return _Graph(graph, logits, greedy, works)
+
+    def _kernels(
+        self, bucket: int, kinds: tuple[_Kinds, ...], *, extends: bool
+    ) -> tuple[Callable[[], tuple[torch.Tensor, torch.Tensor]], list[AttentionWork]]:
+        """What enqueues a step and gives its logits and likeliest tokens, and whose memory that writes to."""
+        token, slot, packed, length, kind, more, chosen = self._inputs[:, :bucket]
+        rows = StepRows(slot, packed, length, kind, more)
+        readers = list(product((1, self._queries) if extends else (1,), kinds))
+        works = [self._work(rows, number, queries) for number, (queries, _) in enumerate(readers)]
+        pages = [
+            [LayerPages(layer, self._slots.k_table, self._slots.v_table, *pair) for layer in self._memory]
+            for _, pair in readers
+        ]
+        memory = StepMemory(token, self._last, self._chosen[:bucket], rows)
+
+        def run() -> tuple[torch.Tensor, torch.Tensor]:
+            self._chosen[:bucket].copy_(chosen)
+            logits = self._model.run(memory, pages, works)
+            return logits, logits.argmax(-1)
+
+        return run, works
+
+    def _work(self, rows: StepRows, kind: int, queries: int) -> AttentionWork:
+        config = self._model.config
+        shape = AttentionShape(
+            len(rows.slot),
+            config.num_kv_heads,
+            config.group_size,
+            config.head_dim,
+            self._programs[queries],
+            _LEAST_PAGES,
+            queries,
+        )
+        return AttentionWork(shape, rows, kind, self._model.device, self._parts[queries])
 
 
 class _Slots:

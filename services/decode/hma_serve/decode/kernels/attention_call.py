@@ -16,6 +16,18 @@ from hma_serve.decode.kernels.paged_decode import attend, merge, number_pages
 HEADS_AT_ONCE: Final = 8
 """Query heads of a KV head at most: the columns of one tensor-core product."""
 
+_TILES = 2
+"""Tensor-core products that share a page's loaded and converted bytes when several query tokens are read together.
+
+Two fit the registers beside the pages under way; each costs a third of what a page costs alone, so more would not gain
+what the fewer warps lose."""
+
+_REGISTERS: Final = {1: 128, 2: 200}
+"""Of a thread, by such products: what needs no spills."""
+
+_FILE_WORDS = 65536
+"""Registers of a multiprocessor."""
+
 _MERGES = ((128, 32, 128, 4), (512, 64, 64, 4), (2048, 128, 32, 4), (1 << 31, 128, 16, 2))
 """Up to so many (row, head)s: channels and parts that a program of `merge` looks at, and its warps.
 
@@ -35,6 +47,9 @@ class AttentionShape:
         head_dim: A multiple of 32.
         programs: Warps that share the work: a fixed number, whatever the lengths are.
         least: Pages that a program takes at least.
+        queries: Query tokens of a sequence that are read together at most: 1, or up to `queries_at_once`.
+        fold: If up to so many programs share a (row, KV head), the last of them to be done adds their parts; if more
+            do, `merge` does. With `programs` there is no `merge`.
     """
 
     rows: int
@@ -43,10 +58,41 @@ class AttentionShape:
     head_dim: int
     programs: int
     least: int = 2
+    queries: int = 1
+    fold: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.group <= HEADS_AT_ONCE or self.head_dim % 32:
             raise ValueError(f"{self.group} query heads of {self.head_dim} channels a KV head are not supported")
+        if not 0 < self.queries <= queries_at_once(self.group):
+            raise ValueError(f"{self.queries} query tokens of {self.group} heads cannot be read together")
+
+    @property
+    def columns(self) -> int:
+        """Query heads of all tokens that are read together."""
+        return self.queries * self.group
+
+    @property
+    def tiles(self) -> int:
+        """Tensor-core products that hold them."""
+        return -(-self.columns // HEADS_AT_ONCE)
+
+
+def queries_at_once(group: int) -> int:
+    """Query tokens of so many heads a KV head that can be read together."""
+    return _TILES * HEADS_AT_ONCE // group
+
+
+def warps_at_once(group: int, queries: int) -> int:
+    """Programs of `attend` that run on a multiprocessor at once."""
+    tiles = -(-queries * group // HEADS_AT_ONCE)
+    return _FILE_WORDS // (32 * _REGISTERS[tiles])
+
+
+def together(count: int, queries: int) -> list[int]:
+    """`StepRows.more` of consecutive query tokens of a sequence, at most `queries` of which are read together."""
+    blocks = (min(queries, count - start) for start in range(0, count, queries))
+    return [each for size in blocks for each in (size - 1, *range(-1, -size, -1))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +104,57 @@ class StepRows:
         packed: int32 [rows], packed pages at the front of that table.
         length: int32 [rows], tokens that the row sees, its own included; 0: nothing to do.
         kind: int32 [rows], which `AttentionWork` it belongs to.
+        more: int32 [rows], how many of the rows behind it, the next tokens of its sequence, are read together with it
+            (see `together`); below 0: it is read with the row that stands so many before.
     """
 
     slot: torch.Tensor
     packed: torch.Tensor
     length: torch.Tensor
     kind: torch.Tensor
+    more: torch.Tensor
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str) -> StepRows:
         """All of length 0."""
-        return cls(*torch.zeros((4, rows), dtype=torch.int32, device=device))
+        return cls(*torch.zeros((5, rows), dtype=torch.int32, device=device))
+
+
+class PartMemory:
+    """What programs leave of the (row, head)s that they share, until `merge` adds it up; kernels use it in turn.
+
+    Args:
+        programs: Of `attend`.
+        columns: Of a block.
+        head_dim: Channels.
+        device: Where.
+    """
+
+    def __init__(self, programs: int, columns: int, head_dim: int, device: torch.device | str) -> None:
+        padded = -(-columns // HEADS_AT_ONCE) * HEADS_AT_ONCE
+        self.sums = torch.full((2 * programs, columns, head_dim), torch.nan, device=device)
+        self.masses = torch.full((2 * programs, 2, padded), torch.nan, device=device)
 
 
 class AttentionWork:
-    """How the pages of the rows of one kind are shared among programs, and the parts that these leave.
+    """How the pages of the rows of one kind are shared among programs.
 
     Args:
         shape: Of the step.
         rows: The step's.
         kind: Rows of other kinds are left alone.
         device: Where.
+        parts: Made for the shape's programs, columns and head_dim; None: its own.
     """
 
-    def __init__(self, shape: AttentionShape, rows: StepRows, kind: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        shape: AttentionShape,
+        rows: StepRows,
+        kind: int,
+        device: torch.device | str,
+        parts: PartMemory | None = None,
+    ) -> None:
         self.shape = shape
         self.rows = rows
         self.kind = kind
@@ -89,14 +162,15 @@ class AttentionWork:
         self._begin = torch.zeros(shape.programs + 1, dtype=torch.int32, device=device)
         self._row = torch.zeros(shape.programs, dtype=torch.int32, device=device)
         self._shared = torch.zeros((2, shape.rows, shape.kv_heads), dtype=torch.int32, device=device)
-        self._part = torch.full((2 * shape.programs, shape.group, shape.head_dim), torch.nan, device=device)
-        self._part_ml = torch.full((2 * shape.programs, 2, HEADS_AT_ONCE), torch.nan, device=device)
+        self._done = torch.zeros((shape.rows, shape.kv_heads), dtype=torch.int32, device=device)
+        self._parts = parts or PartMemory(shape.programs, shape.columns, shape.head_dim, device)
 
     def number(self) -> None:
         """Once a step, when the lengths stand."""
         shape = self.shape
         number_pages[(triton.cdiv(max(shape.programs + 1, shape.rows * shape.kv_heads), _CHUNK),)](
             self.rows.length,
+            self.rows.more,
             self.rows.kind,
             self._first,
             self._begin,
@@ -120,7 +194,6 @@ class AttentionWork:
         *,
         scale: float,
         ptx: bool = True,
-        max_registers: int = 128,
         overlap: bool = False,
     ) -> None:
         """One layer.
@@ -131,7 +204,6 @@ class AttentionWork:
             out: [rows, heads, head_dim], float32 or bfloat16; rows of length 0 stay as they are.
             scale: Of scores.
             ptx: False runs the twins in plain Triton.
-            max_registers: Of a thread: 128 lets 16 warps run on a multiprocessor.
             overlap: Launch while the kernel before still runs (programmatic dependent launch).
         """
         shape, k, v = self.shape, pages.k_kind, pages.v_kind
@@ -146,18 +218,24 @@ class AttentionWork:
             self.rows.slot,
             self.rows.packed,
             self.rows.length,
+            self.rows.more,
             self._first,
             self._begin,
             self._row,
+            self._shared,
+            self._done,
             out,
-            self._part,
-            self._part_ml,
+            self._parts.sums,
+            self._parts.masses,
             scale * math.log2(math.e),
             pages.k_table.stride(0),
             pages.memory.stride(0),
+            shape.rows * shape.kv_heads,
             KV=shape.kv_heads,
             G=shape.group,
             D=shape.head_dim,
+            QUERIES=shape.queries,
+            FOLD=shape.fold,
             K_ELEMENTS=k.elements,
             K_SCALES=k.scales,
             V_ELEMENTS=v.elements,
@@ -166,20 +244,25 @@ class AttentionWork:
             PTX=ptx,
             num_warps=1,
             num_stages=1,
-            maxnreg=max_registers,
+            maxnreg=_REGISTERS[shape.tiles],
             launch_pdl=overlap,
         )
+        if shape.fold >= shape.programs:
+            return
         outputs = shape.rows * shape.kv_heads * shape.group
         _, channels, parts, warps = next(each for each in _MERGES if outputs <= each[0])
         channels = min(channels, shape.head_dim & -shape.head_dim)
         merge[(shape.rows, shape.kv_heads * shape.group, shape.head_dim // channels)](
             self._shared,
+            self.rows.more,
             out,
-            self._part,
-            self._part_ml,
+            self._parts.sums,
+            self._parts.masses,
             KV=shape.kv_heads,
             G=shape.group,
             D=shape.head_dim,
+            QUERIES=shape.queries,
+            FOLD=shape.fold,
             PARTS=parts,
             CHANNELS=channels,
             PTX=ptx,

@@ -114,7 +114,7 @@ class StepModel:
         Args:
             memory: Its inputs; row counts are those of its tensors.
             pages: Of each work, each layer's.
-            works: One for each kind of pages among the rows.
+            works: One for each kind of rows: of pages that they read, and of single tokens or several together.
 
         Returns:
             [rows, vocab]: logits of the chosen rows, in the weights' dtype.
@@ -208,7 +208,7 @@ class StepModel:
             num_warps=2,
             launch_pdl=self._ptx,
         )
-        out = qkv.new_zeros(shape) if len(works) > 1 else qkv.new_empty(shape)
+        out = qkv.new_empty(shape)
         for work, of_layer in zip(works, pages, strict=True):
             work.attend(query, of_layer[index], out, scale=config.head_dim**-0.5, ptx=self._ptx, overlap=self._ptx)
         return out.flatten(1)

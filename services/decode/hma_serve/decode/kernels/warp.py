@@ -27,7 +27,7 @@ def load_1(pointers, PTX: tl.constexpr):
     """One int32 a lane; the memory must not change while the kernel runs."""
     if PTX:
         value = tl.inline_asm_elementwise(
-            "ld.global.nc.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
+            "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
         value = tl.load(pointers)
@@ -39,7 +39,7 @@ def load_2(pointers, PTX: tl.constexpr):
     """Two neighbouring int32 a lane, aligned to 8 bytes."""
     if PTX:
         a, b = tl.inline_asm_elementwise(
-            "ld.global.nc.v2.b32 {$0, $1}, [$2];",
+            "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];",
             "=r,=r,l",
             [pointers],
             dtype=(tl.int32, tl.int32),
