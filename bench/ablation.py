@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import re
 import statistics
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from bench.ablation_layer import layer_times
 from bench.ablation_page import Ablation, Row, tables, write
 from bench.figures import provenance
-from bench.split_pair import Pair, Passage, Worker, connected, worker
+from bench.split_pair import Pair, Passage, Worker, connected, started_together, worker
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.prefill.profiles import find_profile
 
@@ -74,8 +73,12 @@ class Setting:
         return {"bf16": name, profile.k_codec: self.profile}
 
     def decode(self, mode: str) -> list[str]:
-        """Arguments of a decode worker."""
-        return ["--model", self.model, "--device", self.decode_device, "--kv-mode", mode, "--threads", "1"]
+        """Arguments of a decode worker; it leaves a device that it shares with prefill what prefill needs."""
+        native, longest = find_profile(self.profile), self.tokens + 64
+        arguments = ["--model", self.model, "--device", self.decode_device, "--kv-mode", mode, "--threads", "1"]
+        arguments += ["--codecs", f"{native.k_codec},{native.v_codec}", "--max-model-len", str(longest)]
+        arguments += ["--kv-capacity-tokens", str(4 * longest), "--max-running", "4"]
+        return [*arguments, "--kv-lease", "300", "--stall-timeout", "300"]
 
     @contextlib.contextmanager
     def prefill(self, profile: str, *, overlap: bool) -> Iterator[Worker]:
@@ -83,6 +86,7 @@ class Setting:
         arguments = ["--model", self.model, "--device", self.device, "--profile", profile]
         arguments += ["--profiles", str(self.profiles), "--chunk-tokens", str(self.tokens)]
         arguments += ["--prefix-cache-bytes", "0", "--threads", "1", "--overlap", "on" if overlap else "off"]
+        arguments += ["--max-running", "2", "--max-model-len", str(self.tokens + 64), "--stall-timeout", "300"]
         with worker("prefill", *arguments) as made:
             yield made
 
@@ -128,12 +132,14 @@ def measure(setting: Setting) -> Ablation:
     model = read_model_config(resolve_checkpoint(setting.model))
     for mode in MODES:
         with worker("decode", *setting.decode(mode)) as decode:
-            for (wire, profile), overlap in itertools.product(wires.items(), (True, False)):
-                with setting.prefill(profile, overlap=overlap) as prefill:
-                    rate = rate or asyncio.run(_rate(setting, prefill, decode))
-                    row = _row(setting, wire, prefill, decode, overlap=overlap, mode=mode, rate=rate)
-                    rows.append(asyncio.run(row))
-                    print(rows[-1], file=sys.stderr, flush=True)
+            for wire, profile in wires.items():
+                makers = [setting.prefill(profile, overlap=overlap) for overlap in (True, False)]
+                with started_together(makers) as prefills:
+                    rate = rate or asyncio.run(_rate(setting, prefills[0], decode))
+                    for overlap, prefill in zip((True, False), prefills, strict=True):
+                        row = _row(setting, wire, prefill, decode, overlap=overlap, mode=mode, rate=rate)
+                        rows.append(asyncio.run(row))
+                        print(rows[-1], file=sys.stderr, flush=True)
     rows.sort(key=lambda row: (list(wires).index(row.wire), not row.overlap, MODES.index(row.mode)))
     native = find_profile(setting.profile)
     codecs = {"bf16": ("bf16", "bf16"), native.k_codec: (native.k_codec, native.v_codec)}
