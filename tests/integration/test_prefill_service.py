@@ -256,6 +256,28 @@ async def test_a_full_worker_refuses_at_once_and_says_when_to_come_back(client: 
     await asyncio.gather(*(call.completed() for call in calls))
 
 
+async def test_prompts_for_whose_kv_there_is_no_room_wait(
+    checkpoint: Path, tmp_path: Path, receiver: PushReceiver
+) -> None:
+    """Though more may run at once: memory is known before a prompt is begun."""
+    room = ("--max-model-len", "128", "--kv-capacity-tokens", "192")
+    with running_worker(checkpoint, tmp_path / "events", *room) as worker:
+        async with connected(worker) as client:
+            receiver.behaviour = Behaviour(stall_at=1, window=LAYER_BYTES)
+            runs = client.prefill(receiver, prompt(128))
+            await receiver.stream(runs.request.ticket, blocks=1)
+            waits = client.prefill(receiver, prompt(96))
+            await waits.accepted()
+            # Due earlier, and small enough: when it runs, the other one would if it could.
+            overtakes = client.prefill(receiver, prompt(32), deadline=30)
+            await receiver.stream(overtakes.request.ticket, blocks=1)
+            assert await client.wait_load(running=2, waiting=1)
+            assert len(receiver.streams) == 2
+            receiver.behaviour.resume.set()
+            calls = (runs, waits, overtakes)
+            assert [(await call.completed()).computed_tokens for call in calls] == [128, 96, 32]
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "name"),
     [

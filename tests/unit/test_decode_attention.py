@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,33 @@ def test_the_result_does_not_depend_on_the_block_size(monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention, "BLOCK_BYTES", 3 * KV_HEADS * 32 * HEAD_DIM * 4)
     check(pool, 0, 2 * KV_HEADS, sequences, [1, 1, 1], 2e-6)
     check(pool, 0, 2 * KV_HEADS, sequences, [1, 4, 32], 2e-6)
+
+
+class _Counting:
+    """A codec that notes how many bytes it was asked to decode at once."""
+
+    def __init__(self, inner: Any, sizes: list[int]) -> None:
+        self._inner = inner
+        self._sizes = sizes
+
+    def decode(self, packed: torch.Tensor) -> torch.Tensor:
+        values: torch.Tensor = self._inner.decode(packed)
+        self._sizes.append(values.nbytes)
+        return values
+
+
+def test_packed_pages_are_decoded_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    pool, page, sizes = make_pool(), KV_HEADS * 32 * HEAD_DIM * 4, list[int]()
+    sequences = [cached(pool, 0, "tt_bfp8_b", "f32", groups, 5, groups * 32 + 80) for groups in (30, 9)]
+    monkeypatch.setattr(attention, "BLOCK_BYTES", 4 * page)
+    monkeypatch.setattr(attention, "codec", lambda name: _Counting(codec(name), sizes))
+    for counts in ([1, 1], [7, 32]):
+        sizes.clear()
+        check(pool, 0, 2 * KV_HEADS, sequences, counts, 2e-6)
+        assert max(sizes) <= 4 * page
+        # Keys once and values once.
+        assert sum(sizes) == 2 * 39 * page
 
 
 def test_bfloat16_pages() -> None:

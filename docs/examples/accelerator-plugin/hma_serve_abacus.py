@@ -36,6 +36,7 @@ class Abacus:
     """See `hma_serve.prefill.accelerators.Accelerator`."""
 
     device = "Abacus Mk. II"
+    kv_tokens = None  # a device with memory of its own says what is left of it
 
     def __init__(self, spec: AcceleratorSpec) -> None:
         self._config, self._layout = spec.model, KvLayout.of(spec.model, spec.profile)

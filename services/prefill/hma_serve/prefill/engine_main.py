@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from hma_serve.core.error_detail import error_detail
-from hma_serve.core.errors import HmaError
+from hma_serve.core.errors import FailedPrecondition, HmaError
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.prefix import prefix_root
 from hma_serve.internal.v1 import prefill_engine_pb2 as pb
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers-ahead", type=int, required=True)
     parser.add_argument("--max-running", type=int, required=True)
     parser.add_argument("--max-waiting", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
     parser.add_argument("--kv-capacity-tokens", type=int, required=True)
     parser.add_argument("--overlap", choices=("on", "off"), required=True)
     parser.add_argument("--prefix-cache-bytes", type=int, required=True)
@@ -72,8 +73,9 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCom
     spec = spec_of(args)
     model, profile = spec.model, spec.profile
     accelerator = _open(args, spec, endpoint.arena)
+    capacity = kv_capacity(args.kv_capacity_tokens, accelerator.kv_tokens, longest=args.max_tokens)
     scheduler: Scheduler[Job] = Scheduler(
-        max_running=args.max_running, max_waiting=args.max_waiting, capacity_tokens=args.kv_capacity_tokens
+        max_running=args.max_running, max_waiting=args.max_waiting, capacity_tokens=capacity
     )
     layout = KvLayout.of(model, profile)
     cache = PrefixCache(layout, args.prefix_cache_bytes)
@@ -103,6 +105,27 @@ def _load(args: argparse.Namespace, endpoint: EngineEndpoint[pb.PrefillEngineCom
     )
     endpoint.link.send(pb.PrefillEngineEvent(ready=ready))
     return engine
+
+
+def kv_capacity(asked: int, room: int | None, *, longest: int) -> int:
+    """Tokens of running prompts: what was asked for, as far as the device has room.
+
+    Args:
+        asked: Tokens.
+        room: Of the device; None: it does not say.
+        longest: Tokens of one prompt at most.
+
+    Raises:
+        FailedPrecondition: Not even one longest prompt fits.
+    """
+    capacity = asked if room is None else min(asked, room)
+    if capacity < longest:
+        raise FailedPrecondition(
+            f"the device has room for the KV of {capacity} tokens beside the weights, and one prompt may have "
+            f"{longest}; lower --max-model-len or share the model among more devices with --tp",
+            field="--max-model-len",
+        )
+    return capacity
 
 
 def _open(args: argparse.Namespace, spec: AcceleratorSpec, slots: Arena) -> Accelerator:

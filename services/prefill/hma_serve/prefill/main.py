@@ -171,6 +171,7 @@ async def _engine(
         "--layers-ahead": config.layers_ahead,
         "--max-running": config.max_running,
         "--max-waiting": config.max_waiting,
+        "--max-tokens": model.max_tokens,
         "--kv-capacity-tokens": capacity.kv_tokens,
         "--overlap": config.overlap,
         "--prefix-cache-bytes": capacity.prefix_cache_bytes,

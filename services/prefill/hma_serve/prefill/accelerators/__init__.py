@@ -92,6 +92,11 @@ class Accelerator(Protocol):
         """Name of the hardware, for people."""
         ...
 
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens of running prompts whose packed KV it has room for; None: `--kv-capacity-tokens` alone says."""
+        ...
+
     def pin(self, memory: memoryview) -> None:
         """Makes host memory, which stays mapped as long as the accelerator lives, fast to copy to and from."""
         ...

@@ -36,6 +36,7 @@ class CpuAccelerator:
     """
 
     device = "cpu"
+    kv_tokens = None
 
     def __init__(self, spec: AcceleratorSpec, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         profile, model = spec.profile, spec.shard.local(spec.model)

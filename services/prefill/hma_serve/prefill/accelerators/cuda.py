@@ -25,7 +25,7 @@ from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore,
 from hma_serve.prefill.accelerators.causal import attend
 from hma_serve.prefill.accelerators.cuda_linear import CODES, GpuLinear, gpu_linear
 from hma_serve.prefill.accelerators.gpu_kv import GpuKv, Recorded
-from hma_serve.prefill.accelerators.gpu_memory import require_room
+from hma_serve.prefill.accelerators.gpu_memory import kv_tokens, require_room
 from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, offset_tensor
 from hma_serve.prefill.kernels.quantize_rows import normed_rows, plain_rows, swiglu_rows
 from hma_serve.prefill.kernels.store_kv import CODECS, store_kv
@@ -56,6 +56,7 @@ class CudaAccelerator:
         left = require_room(self.model, spec.profile.weights, self._device)
         room = min(DECODED_BYTES, left // 2) if spec.decoded_bytes is None else spec.decoded_bytes
         self._budget = DecodedBudget(room)
+        self.kv_tokens: int | None = kv_tokens(self._layout, left - room)
         offsets = offset_tensor(spec)
         self._k_offsets = None if offsets is None else offsets.to(self._device)
         self._dtype = CODES[spec.profile.activations]

@@ -7,10 +7,12 @@ import math
 
 import torch
 
+from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, workspace_bytes
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import tensor_shapes
 from hma_serve.model.tensors import EMBEDDING
+from hma_serve.prefill.kv_layout import KvLayout
 
 _BF16_BYTES = 2
 # Of the CUDA context's own, of matrix libraries and of fragments; about what a process takes before its first tensor.
@@ -43,7 +45,7 @@ def require_room(model: ModelConfig, weight_format: str, device: torch.device) -
 
 
 def gpu_memory_plan(model: ModelConfig, weight_format: str, available: int, device: str) -> MemoryPlan:
-    """The arithmetic. KV is not in it: prompts take what is left, and wait for it."""
+    """The arithmetic. KV is not in it: prompts take what is left, and wait for it (`kv_tokens`)."""
     matrix_bytes = _BF16_BYTES if weight_format == "bf16" else 1
     weights = model.max_position_embeddings * model.head_dim * 4
     for name, shape in tensor_shapes(model, with_head=False).items():
@@ -51,3 +53,9 @@ def gpu_memory_plan(model: ModelConfig, weight_format: str, available: int, devi
         weights += math.prod(shape) * (matrix_bytes if quantised else _BF16_BYTES)
     workspace = workspace_bytes(model, _BF16_BYTES, tokens=_CHUNK_TOKENS) + _RESERVE
     return MemoryPlan(weights=weights, kv=0, workspace=workspace, available=available, device=device)
+
+
+def kv_tokens(layout: KvLayout, left: int) -> int:
+    """Tokens of packed KV that fit bytes of which the allocator's rounding takes a little."""
+    token = layout.layers * layout.layer_bytes(GROUP_TOKENS) // GROUP_TOKENS
+    return left * 19 // 20 // token

@@ -69,6 +69,11 @@ class TensorParallel:
         devices = [self._own.device, *(peer.ready() for peer in self._peers)]
         self.device = f"{ranks.count} x {devices[0]}" if len(set(devices)) == 1 else ", ".join(devices)
 
+    @property
+    def kv_tokens(self) -> int | None:
+        """See `Accelerator`: ranks hold the same tokens, each its own heads of them, on devices of a kind."""
+        return self._own.kv_tokens
+
     def pin(self, memory: memoryview) -> None:
         """See `Accelerator`."""
         self._own.pin(memory)

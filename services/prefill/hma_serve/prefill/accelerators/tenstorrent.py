@@ -101,6 +101,8 @@ class TenstorrentAccelerator:
         spec: What to load, onto the first card.
     """
 
+    kv_tokens = None
+
     def __init__(self, spec: AcceleratorSpec) -> None:
         require_card(spec)
         import ttnn
