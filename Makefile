@@ -1,6 +1,6 @@
 # The one door: everything that can be done with this repository is a target here, and CI runs these targets alone.
 .DEFAULT_GOAL := help
-.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-decode bench-pipeline bench-prefill bench-decode-cpu bench-ablation clean
+.PHONY: help setup up test test-gpu test-chart test-robustness fuzz lint type verify fix proto bench bench-decode bench-pipeline bench-prefill bench-decode-cpu bench-ablation bench-gpu-all clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ HELM_SHA256 := 5342b91afc140d52b1a2b06819dfc5060af7ee42020f63a8605c874e0d952f9c
 ARGS ?=
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-15s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install everything, at the pinned versions
 
@@ -88,6 +88,9 @@ bench-decode-cpu: setup ## A decode step on the CPU, packed and materialised, ag
 
 bench-ablation: setup ## BF16 or native wire, overlap or none, fused or materialised; ARGS="--write docs" for the page
 	$(BIN)/python -m bench.ablation $(ARGS)
+
+bench-gpu-all: ## Everything that needs a GPU machine, without an install; ARGS="whole_path prefill" for parts
+	bench/gpu_day.sh $(ARGS)
 
 clean: ## Remove everything that the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--transfer", type=float, default=1.0, help="BF16 transfer over computation")
     parser.add_argument("--mbit", type=float, help="rate of the link, instead")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="write ablation.md and ablation.svg there")
+    parser.add_argument(
+        "--write", type=Path, metavar="DIR", help="write ablation.md and ablation.svg there, after each model"
+    )
     args = parser.parse_args()
     made, results = provenance(), []
     print(made)
@@ -177,8 +179,9 @@ def main() -> None:
             )
             results.append(measure(setting))
             print(f"\n{results[-1].title}\n\n{tables(results[-1])}", flush=True)
-    if args.write is not None:
-        write(results, made, args.write)
+            if args.write is not None:
+                args.write.mkdir(parents=True, exist_ok=True)
+                write(results, f"`python -m bench.ablation {' '.join(sys.argv[1:])}`: {made}", args.write)
 
 
 if __name__ == "__main__":

@@ -117,17 +117,13 @@ def tables(result: Ablation) -> str:
 
 
 def write(results: Sequence[Ablation], made: str, directory: Path) -> None:
-    """Writes ablation.md and ablation.svg."""
-    parts = ["# What the native wire, overlap and fused decoding are worth", "", _made(made), "", _ABOUT, ""]
+    """Writes ablation.md and ablation.svg; `made` says by what."""
+    parts = ["# What the native wire, overlap and fused decoding are worth", "", f"Made by {made}.", "", _ABOUT, ""]
     parts += ["![Time to the first token by combination](ablation.svg)", ""]
     for result in results:
         parts += [f"## {result.title}", "", tables(result), ""]
     (directory / "ablation.md").write_text("\n".join(parts), encoding="utf-8")
     (directory / "ablation.svg").write_text("\n".join(_svg(results)) + "\n", encoding="utf-8")
-
-
-def _made(made: str) -> str:
-    return f'Made by `make bench-ablation ARGS="--write docs"`: {made}.'
 
 
 def _switch(row: Row) -> str:

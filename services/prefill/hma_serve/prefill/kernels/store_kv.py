@@ -199,5 +199,5 @@ def store_kv(
         units[0].shape[1], units[0].shape[2], units[1].shape[2], first_group, row, start, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, EACH=each, K_CODEC=numbers[0], V_CODEC=numbers[1],
         OFFSET=k_offset is not None,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip

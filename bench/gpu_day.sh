@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU machine, in the order of what is worth most, each part within its limit of time.
+#   bench/gpu_day.sh [PART ...]      parts: tests whole_path prefill decode ablation ablation_14b ablation_32b; default: all
+# Results go to $OUT (default: gpu_results). Nothing needs to be installed but the packages that the services import:
+# where the repository is not, its roots are on the path. $COMMIT names the commit where there is no git; $PYTHON the
+# interpreter. A part that fails or runs out of time does not end the others; the exit status says whether one did.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OUT=${OUT:-gpu_results}
+export PYTHONPATH=.:common:services/router:services/prefill:services/decode:tools${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$OUT"
+python=${PYTHON:-python3}
+failed=0
+
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 seconds=$2
+  shift 2
+  echo "== $name, at most $seconds s: $*"
+  local began=$SECONDS
+  timeout --signal INT --kill-after 20 "$seconds" "$@" > >(tee "$OUT/$name.log") 2>&1 || { echo "== $name FAILED ($?)"; failed=1; }
+  echo "== $name took $((SECONDS - began)) s"
+}
+
+ablation() { # ablation NAME SHAPE...
+  local name=$1
+  shift
+  part "$name" 560 "$python" -m bench.ablation --device cuda --decode-device cuda --profile fp8_e4m3 --tokens 4096 \
+    --mbit 8000 --model "$@" --write "$OUT/$name"
+}
+
+for each in "${@:-tests whole_path prefill decode ablation ablation_14b ablation_32b}"; do
+  for name in $each; do
+    case $name in
+      tests) part tests 300 "$python" tests/support/prefill_kernel_checks.py ;;
+      whole_path) part whole_path 560 "$python" -m bench.whole_path --device cuda ;;
+      prefill) part prefill 400 "$python" -m bench.prefill_gpu 8B ;;
+      decode) part decode 580 "$python" -m bench.decode --no-check --seconds 500 8B attention ;;
+      ablation) ablation ablation random:qwen3-4b random:qwen3-8b ;;
+      ablation_14b) ablation ablation_14b random:qwen3-14b ;;
+      ablation_32b) ablation ablation_32b random:qwen3-32b ;;
+      *) echo "no part named $name" >&2; exit 2 ;;
+    esac
+  done
+done
+exit $failed
