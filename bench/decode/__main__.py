@@ -6,8 +6,8 @@ part, so a run that is cut short keeps what it had.
 
 Parts `8B` to `4B` are whole steps (b); format `bf16` there is the same step with its KV materialised, so (c) is read
 off both. Part `attention` is (a) for block float, `codecs` for other formats, `beside` what flex_attention and
-FlashInfer take at the same points. `extend` is several query tokens of a sequence, read together or each for itself;
-`fold` who adds the parts of a (row, head).
+FlashInfer take at the same points. `extend` is several query tokens of a sequence, read together or each for itself,
+`8B-extend` a step with that, and `fold` who adds the parts of a (row, head).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from bench.decode.picture import picture
 from bench.decode.timing import copy_bandwidth
 from bench.figures import provenance
 
-PARTS = ("8B", "attention", "extend", "fold", "32B", "14B", "4B", "codecs", "beside")
+PARTS = ("8B", "attention", "extend", "fold", "8B-extend", "32B", "14B", "4B", "codecs", "beside")
+TABLES = ("attention", "steps", "extend", "fold", "extend_steps", "beside")
 COMPILED: dict[str, list[Any]] = {**attention.COMPILED, "extend": extend.COMPILED, "fold": fold.COMPILED}
 
 
@@ -49,7 +50,7 @@ def main() -> int:
     out = Path(os.environ.get("OUT", "."))
     passed = _check(out, args.tests, parts) if args.check else None
     copy = copy_bandwidth()
-    tables: dict[str, list[Any]] = {name: [] for name in ("attention", "steps", "extend", "fold", "beside")}
+    tables: dict[str, list[Any]] = {name: [] for name in TABLES}
     found: dict[str, Any] = {
         "provenance": provenance(),
         "gpu": torch.cuda.get_device_name(),
@@ -83,6 +84,8 @@ def _measure(copy: float, part: str) -> tuple[str, Iterator[Any]]:
         return "fold", fold.measure(copy)
     if part == "beside":
         return "beside", beside.measure()
+    if part == "8B-extend":
+        return "extend_steps", step.measure_extends()
     return "steps", step.measure(copy, part)
 
 
@@ -122,6 +125,12 @@ def _show(found: dict[str, Any]) -> None:
         print(
             f"{row['group']} {row['page_format']} {row['batch']}x{row['context']}, {row['tokens']}: {row['queries']}: "
             f"{row['us']:.1f} {row['read_bytes'] / 1e6:.1f} | {row['sdpa_us']:.1f}"
+        )
+    print("a step of the 8B with an extend, ms: sequences x tokens, query tokens: without | together, each for itself")
+    for row in found["extend_steps"]:
+        print(
+            f"{row['batch']}x{row['context']}, {row['tokens']}: {row['without_ms']:.2f} | "
+            f"{row['together_ms']:.2f} {row['each_ms']:.2f}"
         )
     print("parts added in the kernel: sequences x tokens, up to so many: us, of copy")
     for row in found["fold"]:

@@ -56,12 +56,12 @@ class AttentionRow:
     sdpa_us: float | None = None
 
 
-def work_of(group: int, rows: StepRows, *, queries: int = 1, fold: int = 1) -> AttentionWork:
+def work_of(group: int, rows: StepRows, kind: int = 0, *, queries: int = 1, fold: int = 1) -> AttentionWork:
     """For this GPU."""
     programs = warps_at_once(group, queries) * torch.cuda.get_device_properties(0).multi_processor_count
     fold = min(fold, programs)
     shape = AttentionShape(len(rows.slot), KV_HEADS, group, HEAD_DIM, programs, 1, queries, fold)
-    return AttentionWork(shape, rows, 0, "cuda")
+    return AttentionWork(shape, rows, kind, "cuda")
 
 
 def fused_us(
@@ -72,7 +72,7 @@ def fused_us(
     probe = sum(contexts) * 2 * KV_HEADS * HEAD_DIM * (1 if kind else 2)
     layers = max(1, min(8, math.ceil(CACHE_BYTES / probe)))
     kv = random_kv(kind, contexts, layers, KV_HEADS, HEAD_DIM, max(TAIL, tokens))
-    rows = kv.rows(tokens, queries)
+    rows = kv.rows([tokens] * len(contexts), queries)
     work = work_of(group, rows, queries=queries, fold=fold)
     work.number()
     size = (len(rows.slot), KV_HEADS * group, HEAD_DIM)

@@ -53,13 +53,14 @@ class KvMemory:
     length: torch.Tensor
     read_bytes: int
 
-    def rows(self, tokens: int = 1, queries: int = 1) -> StepRows:
-        """The last tokens of every sequence, so many of which are read together."""
-        count = len(self.length)
-        slot = torch.arange(count, dtype=torch.int32, device="cuda").repeat_interleave(tokens)
-        before = torch.arange(tokens - 1, -1, -1, dtype=torch.int32, device="cuda").repeat(count)
-        more = torch.tensor(together(tokens, queries) * count, dtype=torch.int32, device="cuda")
-        packed, length = (each.repeat_interleave(tokens) for each in (self.packed, self.length))
+    def rows(self, counts: list[int] | None = None, queries: int = 1) -> StepRows:
+        """The last tokens of every sequence, by default one, so many of which are read together; all of kind 0."""
+        counts = counts or [1] * len(self.length)
+        each = torch.tensor(counts, device="cuda")
+        slot = torch.arange(len(counts), dtype=torch.int32, device="cuda").repeat_interleave(each)
+        before = torch.tensor([place for count in counts for place in reversed(range(count))], device="cuda").int()
+        more = torch.tensor([place for count in counts for place in together(count, queries)], device="cuda").int()
+        packed, length = (values.repeat_interleave(each) for values in (self.packed, self.length))
         return StepRows(slot, packed, length - before, torch.zeros_like(slot), more)
 
     def pages(self, layer: int) -> LayerPages:

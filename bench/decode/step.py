@@ -12,7 +12,7 @@ from bench.decode.beside import HEAD_DIM, KV_HEADS
 from bench.decode.pages import KINDS, KvMemory, random_kv
 from bench.decode.timing import Work, microseconds
 from hma_serve.core.model_config import ModelConfig
-from hma_serve.decode.kernels.attention_call import QueryOperand
+from hma_serve.decode.kernels.attention_call import AttentionWork, QueryOperand, StepRows, queries_at_once
 from hma_serve.decode.kernels.step_model import StepMemory, StepModel
 from hma_serve.model import tensor_shapes
 
@@ -36,6 +36,10 @@ ROWS = {
     "32B": ((1, 1024), (1, 4096), (1, 16384), (8, 4096), (32, 1024), (32, 4096), (128, 1024)),
 }  # fmt: skip
 """Sequences and packed tokens of each."""
+
+EXTENDED = ((1, 4096), (8, 4096), (32, 4096), (8, 16384))
+EXTEND_TOKENS = 32
+"""The same for steps with an extend, and its query tokens."""
 
 VLLM = {
     ("4B", 1, 1024): 3.682, ("4B", 1, 4096): 3.784, ("4B", 1, 16384): 4.253, ("4B", 8, 4096): 4.846,
@@ -83,6 +87,27 @@ class StepRow:
     def rest(self) -> float:
         """Share of what is neither."""
         return 1 - (self.gemm_ms + self.attention_ms) / self.ms
+
+
+@dataclass(frozen=True)
+class ExtendStepRow:
+    """A step of the 8B in which every sequence computes a token and one of them the last tokens of its prompt.
+
+    Attributes:
+        batch: Sequences.
+        context: Packed tokens of each.
+        tokens: Query tokens of the one.
+        without_ms: Milliseconds of the step without these.
+        together_ms: With them, read together as the runner does.
+        each_ms: With them, each reading all pages for itself.
+    """
+
+    batch: int
+    context: int
+    tokens: int
+    without_ms: float
+    together_ms: float
+    each_ms: float
 
 
 class RandomWeights(Mapping[str, torch.Tensor]):
@@ -169,21 +194,50 @@ def _step_ms(step: StepModel, kv: KvMemory, batch: int) -> tuple[float, float]:
     rows = kv.rows()
     work = work_of(config.group_size, rows)
     pages = [kv.pages(layer) for layer in range(config.num_layers)]
-    token = torch.randint(0, config.vocab_size, (batch,), dtype=torch.int32, device="cuda")
-    wide = rows.slot.long()
-    memory = StepMemory(token, torch.zeros_like(wide), wide, rows)
     query = QueryOperand.of(torch.randn(batch, config.num_heads, HEAD_DIM, device="cuda").bfloat16())
     out = torch.empty(batch, config.num_heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-
-    def whole() -> None:
-        step.run(memory, [pages], [work]).argmax(-1)
 
     def attention() -> None:
         for layer in pages:
             work.attend(query, layer, out, scale=HEAD_DIM**-0.5, overlap=True)
 
     with torch.inference_mode():
-        return microseconds([whole]) / 1e3, microseconds([attention]) / 1e3
+        return _whole_ms(step, kv, rows, [work]), microseconds([attention]) / 1e3
+
+
+def _whole_ms(step: StepModel, kv: KvMemory, rows: StepRows, works: list[AttentionWork]) -> float:
+    count, config = len(rows.slot), step.config
+    pages = [kv.pages(layer) for layer in range(config.num_layers)]
+    token = torch.randint(0, config.vocab_size, (count,), dtype=torch.int32, device="cuda")
+    # The last row of every sequence is sampled.
+    chosen = torch.unique_consecutive(rows.slot, return_counts=True)[1].cumsum(0) - 1
+    memory = StepMemory(token, torch.zeros(count, dtype=torch.int64, device="cuda"), chosen, rows)
+
+    def whole() -> None:
+        step.run(memory, [pages] * len(works), works).argmax(-1)
+
+    with torch.inference_mode():
+        return microseconds([whole]) / 1e3
+
+
+def measure_extends() -> Iterator[ExtendStepRow]:
+    """Steps of the 8B, in which one sequence computes the last tokens of its prompt."""
+    config = config_of("8B")
+    step = StepModel(config, RandomWeights(config))
+    group, queries = config.group_size, queries_at_once(config.group_size)
+    for batch, context in EXTENDED:
+        kv = random_kv(KINDS["tt_bfp8_b"], [context] * batch, config.num_layers, KV_HEADS, HEAD_DIM, EXTEND_TOKENS)
+        single = kv.rows()
+        without = _whole_ms(step, kv, single, [work_of(group, single)])
+        counts = [*([1] * (batch - 1)), EXTEND_TOKENS]
+        each = kv.rows(counts)
+        by_each = _whole_ms(step, kv, each, [work_of(group, each)])
+        rows = kv.rows(counts, queries)
+        rows.kind[batch - 1 :] = 1
+        works = [work_of(group, rows), work_of(group, rows, 1, queries=queries)]
+        yield ExtendStepRow(batch, context, EXTEND_TOKENS, without, _whole_ms(step, kv, rows, works), by_each)
+        del kv
+        torch.cuda.empty_cache()
 
 
 def _products_ms(step: StepModel, batch: int) -> float:
