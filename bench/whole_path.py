@@ -93,7 +93,7 @@ class Plan:
             codec=find_profile(prefills[0].profile).k_codec,
             batch=args.batch or (16 if gpu else 2),
             context=args.context or (1024 if gpu else 256),
-            steps=args.steps or (300 if gpu else 60),
+            steps=args.steps or (500 if gpu else 60),
             window=min(read_model_config(resolve_checkpoint(model)).max_position_embeddings, 8192),
             pushed=2048,
         )

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import grpc.aio
 import httpx
 import pytest
 
+from hma_serve.cli.certs import main as certs
 from hma_serve.core.errors import InvalidArgument, Unavailable
 from hma_serve.decode.config import build_parser, config_of
 from hma_serve.v1 import decode_pb2
-from support.cluster import alive, descendants
+from support.cluster import alive, descendants, running_cluster
 from support.decode_worker import (
     HEAD_DIM,
     KV_HEADS,
@@ -147,6 +149,23 @@ async def test_a_sigterm_ends_every_process_with_status_0(checkpoint: Path) -> N
         leaving.process.send_signal(signal.SIGTERM)
         assert leaving.process.wait(20) == 0
         assert not any(map(alive, processes))
+
+
+def test_a_fleet_sends_kv_to_receivers_over_encrypted_links(tmp_path: Path) -> None:
+    keys, prompt_ids = tmp_path / "tls", list(range(3, 260))
+    assert certs([str(keys)]) == 0
+    arguments = ["--tls-dir", str(keys), "--decode-arg=--receivers=2"]
+    with running_cluster(tmp_path / "cluster", *arguments) as cluster:
+        body = {"prompt": prompt_ids, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        answers = [httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        (url,) = re.findall(r"decode-\w+ +metrics +(\S+)", cluster.output)
+        for _ in range(100):
+            (received,) = re.findall(r"^hma_decode_kv_received_bytes_total (\S+)$", httpx.get(url).text, re.MULTILINE)
+            if float(received):
+                break
+            threading.Event().wait(0.05)
+        assert float(received) > 0
 
 
 def test_receivers_need_an_advertised_host_without_a_port() -> None:
