@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -326,3 +327,31 @@ def test_tls_shows_the_clients_certificate_and_checks_the_servers(fake: FakeEtcd
             with pytest.raises(Unavailable):
                 store.check(T)
         store.close()
+
+
+def test_where_no_thread_can_start_leases_are_renewed_and_a_later_watch_works(
+    fake: FakeEtcd, store: EtcdStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renewed(path: str, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        for request in requests:
+            yield pb.LeaseKeepAliveResponse(id=request.id, ttl=7)
+
+    start, caller = threading.Thread.start, threading.current_thread()
+
+    def no_thread(thread: threading.Thread) -> None:
+        if threading.current_thread() is caller:
+            raise RuntimeError("can't start new thread")
+        start(thread)  # the server's
+
+    fake.stream = renewed
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        assert store.keep_alive(5, T) == 7
+        with store.watch("/p/", 42) as stream, pytest.raises(Unavailable, match="can't start new thread"):
+            next(iter(stream))
+    # On the channel where a thread failed to start, such a call would wait for ever.
+    assert store.keep_alive(5, T) == 7
+    fake.stream = script = Script()
+    script.answers.put(pb.WatchResponse(header=header(41), created=True))
+    with store.watch("/p/", 42) as stream:
+        next(iter(stream))

@@ -69,3 +69,12 @@ def test_an_etcd_on_the_path_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: f"/opt/bin/{name}")
     assert find_etcd() == Path("/opt/bin/etcd")
+
+
+def test_the_reason_of_a_panic_is_told_not_its_stacks(tmp_path: Path) -> None:
+    binary = tmp_path / "etcd"
+    log = ["panic: no space left on device", "goroutine 1 [running]:", *(f"main.frame{n}(...)" for n in range(20))]
+    binary.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(log) + "\nEND\nexit 2\n")
+    binary.chmod(0o755)
+    with pytest.raises(Unavailable, match=r"status 2: panic: no space left on device$"):
+        LocalEtcd(tmp_path / "data", binary=binary).start()

@@ -1,5 +1,6 @@
 """`hma-serve up` as a user meets it: what it prints, how it ends, and what it says when it cannot start."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -65,6 +66,15 @@ def test_a_host_that_is_not_ours_is_named(host: str) -> None:
     assert result.returncode == 1
     assert f"cannot listen on {host}" in result.stderr
     assert "--host" in result.stderr
+
+
+def test_a_data_directory_serves_one_cluster_at_a_time(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run_up("--data-dir", str(tmp_path), "--http-port", "0", "--grpc-port", "0")
+    assert result.returncode == 1
+    assert f"{tmp_path} is in use by another `hma-serve up`; choose another --data-dir" in result.stderr
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

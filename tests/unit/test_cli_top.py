@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,3 +101,12 @@ def test_the_command_line_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse_config(["--etcd", "http://e:2379", "--router", "r:8000/"])
     assert config.routers == ("http://r:8000",)
     assert config.once  # standard output is no terminal here
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_a_screen_is_drawn_on_only_where_that_works(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert parse_config(["--etcd", "file:x"]).once == (term == "dumb")
+    monkeypatch.setattr("sys.stdout", None)
+    assert parse_config(["--etcd", "file:x"]).once

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import hma_serve.registry
-from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.errors import InvalidArgument, Unavailable
 from hma_serve.core.worker import WorkerRole, WorkerState
 from hma_serve.registry import MemoryStore, Session, SessionState, SessionStatus, decode_record, record_key
 from support.worker_records import a_worker
@@ -92,6 +92,27 @@ def test_a_defect_does_not_end_the_thread(monkeypatch: pytest.MonkeyPatch, caplo
     with Session(store, a_worker()) as session:
         assert session.wait_published(10)
     assert "failed unexpectedly" in caplog.text
+
+
+def test_a_lease_that_nobody_renews_is_not_believed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, now, stuck = MemoryStore(), [1000.0], threading.Event()
+    asked = threading.Event()
+
+    def never(lease: int, timeout: float) -> float:
+        asked.set()
+        stuck.wait(10)
+        raise Unavailable("too late")
+
+    with Session(store, a_worker(), ttl=0.3, clock=lambda: now[0]) as session:
+        assert session.wait_published(10)
+        monkeypatch.setattr(store, "keep_alive", never)
+        now[0] += 0.2
+        assert asked.wait(10)
+        assert session.status.routable
+        now[0] += 0.2
+        assert session.status.state is SessionState.LOST
+        assert "silent" in session.status.error
+        stuck.set()
 
 
 async def test_an_event_loop_can_wait_and_close() -> None:

@@ -70,3 +70,10 @@ def test_every_flag_is_explained() -> None:
         assert action.help, action.option_strings
     for heading in ("model:", "place:", "queue:", "requests:", "process:"):
         assert heading in text
+
+
+def test_help_says_no_default_where_there_is_none() -> None:
+    text = build_parser().format_help()
+    assert "(default: None)" not in text
+    assert "(default: )" not in text
+    assert "(default: 1024)" in text

@@ -265,6 +265,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("unknown stop id", {"prompt": "a", "stop_token_ids": [VOCAB]}, 400, "invalid_argument", "stop_token_ids"),
     ("odd bias", {"prompt": "a", "logit_bias": [1]}, 400, "invalid_argument", "logit_bias"),
     ("odd bias key", {"prompt": "a", "logit_bias": {"x": 1}}, 400, "invalid_argument", "logit_bias"),
+    ("odd bias value", {"prompt": "a", "logit_bias": {"3": "x"}}, 400, "invalid_argument", "logit_bias"),
     ("unknown bias key", {"prompt": "a", "logit_bias": {str(VOCAB): 1}}, 400, "invalid_argument", "logit_bias"),
     ("huge bias", {"prompt": "a", "logit_bias": {"1": 101}}, 400, "invalid_argument", "logit_bias"),
     ("text stream", {"prompt": "a", "stream": "yes"}, 400, "invalid_argument", "stream"),

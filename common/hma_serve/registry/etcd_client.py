@@ -8,6 +8,7 @@ moves the client on to the next member, so that whoever tries again (that is `Se
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,7 +131,9 @@ class EtcdClient:
         return self._endpoints[self._current]
 
     def unary(self, method: Method[Req, Res], request: Req, timeout: float) -> Res:
-        """One request, one answer, within `timeout` seconds.
+        """One request, one answer, within `timeout` seconds; needs no thread but the caller's.
+
+        A streaming method that is asked once answers once, which on the wire is the same.
 
         Raises:
             Unavailable: No answer; what was asked for may have happened.
@@ -141,30 +144,23 @@ class EtcdClient:
             method.path, request_serializer=_serialize, response_deserializer=method.response.FromString
         )
         try:
-            response: Res = stub(request, timeout=timeout, metadata=REQUIRE_LEADER)
+            response: Res | None = stub(request, timeout=timeout, metadata=REQUIRE_LEADER)
         except grpc.RpcError as error:
             raise self.translate(error, index) from error
         except ValueError as error:
             raise _closed() from error
         finally:
             self._give_back(link)
+        if response is None:
+            raise self._unreachable(index, "it ended the call without an answer")
         return response
 
-    def exchange(self, method: Method[Req, Res], request: Req, timeout: float) -> Res:
-        """One request and the first answer of a streaming method; the stream ends there. Raises like `unary`."""
-        index, call = self.stream(method, iter((request,)), timeout)
-        try:
-            response: Res = next(call)
-            return response
-        except StopIteration:
-            raise self._unreachable(index, "it ended the call without an answer") from None
-        except grpc.RpcError as error:
-            raise self.translate(error, index) from error
-        finally:
-            call.cancel()
-
     def stream(self, method: Method[Req, Res], requests: Iterator[Req], timeout: float | None) -> tuple[int, Any]:
-        """Opens a stream; returns the member's index, for `translate`, and gRPC's call. The caller cancels the call."""
+        """Opens a stream; returns the member's index, for `translate`, and gRPC's call. The caller cancels the call.
+
+        Raises:
+            Unavailable: The client is closed, or this process gets no thread for the call.
+        """
         index, link = self._take()
         stub = link.channel.stream_stream(
             method.path, request_serializer=_serialize, response_deserializer=method.response.FromString
@@ -174,6 +170,11 @@ class EtcdClient:
         except ValueError as error:
             self._give_back(link)
             raise _closed() from error
+        except RuntimeError as error:
+            # gRPC goes on as if the thread that it could not start were there: later calls on the channel would never
+            # end, and nor would closing it.
+            self._abandon(index, link)
+            raise Unavailable(f"cannot call etcd at {self._endpoints[index]}: {error}") from error
         if not call.add_callback(lambda: self._give_back(link)):
             self._give_back(link)
         return index, call
@@ -222,6 +223,13 @@ class EtcdClient:
     def _give_back(self, link: _Link) -> None:
         with self._lock:
             link.calls -= 1
+
+    def _abandon(self, index: int, link: _Link) -> None:
+        """The next call opens another channel; this one outlives the process, as its end would wait for ever."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(link.channel))
+        with self._lock:
+            if self._links.get(index) is link:
+                del self._links[index]
 
     def _renewed(self, endpoint: Endpoint, link: _Link | None) -> _Link:
         """The member's channel; a new one if there is none or the certificates were replaced since."""

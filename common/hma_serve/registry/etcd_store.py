@@ -89,8 +89,8 @@ class EtcdStore:
         return Lease(response.id, float(response.ttl))
 
     def keep_alive(self, lease: int, timeout: float) -> float:
-        """See `Store`. A stream per renewal: nothing to resume, and the next one may go to another member."""
-        response = self.client.exchange(api.LEASE_KEEP_ALIVE, etcd_pb2.LeaseKeepAliveRequest(id=lease), timeout)
+        """See `Store`. A call per renewal: nothing to resume, and the next one may go to another member."""
+        response = self.client.unary(api.LEASE_KEEP_ALIVE, etcd_pb2.LeaseKeepAliveRequest(id=lease), timeout)
         if response.ttl <= 0:
             raise LeaseLost("etcd says that the lease has run out")
         return float(response.ttl)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -198,6 +199,8 @@ class LocalEtcd:
 
     def _log_tail(self) -> str:
         lines = self._log_path.read_text(errors="replace").splitlines()
+        # After the reason, a Go program that panics prints stacks.
+        lines = list(takewhile(lambda line: not line.startswith("goroutine "), lines))
         return " | ".join(lines[-_LOG_LINES:])[-2000:] or "its log is empty"
 
 

@@ -83,6 +83,11 @@ class Registrar:
         self._registered_before = False
         self.epoch = 0
 
+    @property
+    def expires_at(self) -> float:
+        """When the newest lease ends if nothing renews it, on the clock."""
+        return self._expires_at
+
     def step(self, wanted: WorkerInfo) -> Step:
         """Does what is due; makes at most four calls to the store and never raises for the store's sake."""
         try:

@@ -88,6 +88,7 @@ class Session:
         self._wanted, self._version, self._published_version = info, 1, 0
         self._closing = False
         self._status = SessionStatus(SessionState.STARTING, clock(), 0)
+        self._expires_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"registry-session-{info.instance}", daemon=True)
 
     @property
@@ -98,9 +99,13 @@ class Session:
 
     @property
     def status(self) -> SessionStatus:
-        """The newest status."""
+        """The newest status; the registration counts as lost when the lease has run out and the thread is silent."""
         with self._mail:
-            return self._status
+            status, expired = self._status, self._clock() - self._expires_at
+        if not status.routable or expired < 0:
+            return status
+        error = f"the lease ran out {expired:.0f} s ago, and the thread that renews it is silent"
+        return replace(status, state=SessionState.LOST, error=error)
 
     def start(self) -> None:
         """Starts to register, and returns at once: an etcd that is away delays the registration, not the process."""
@@ -189,6 +194,7 @@ class Session:
             since = before.since if before.state is step.state else self._clock()
             self._status = after = SessionStatus(step.state, since, epoch, step.error)
             self._published_version = version if step.published else self._published_version
+            self._expires_at = self._registrar.expires_at
             self._mail.notify_all()
         if (before.state, before.epoch, bool(before.error)) == (after.state, after.epoch, bool(after.error)):
             return

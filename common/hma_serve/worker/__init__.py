@@ -6,6 +6,7 @@ the order in which a process begins and ends are here, once.
 
 from hma_serve.worker.drain import Drain, DrainResult
 from hma_serve.worker.front import WorkerFront
+from hma_serve.worker.help_text import DefaultsHelpFormatter
 from hma_serve.worker.host_memory import available_memory
 from hma_serve.worker.lifecycle import Worker, run_worker
 from hma_serve.worker.load import WatchedLoad
@@ -23,6 +24,7 @@ from hma_serve.worker.place import (
 from hma_serve.worker.servicer import WorkerServicer
 
 __all__ = [
+    "DefaultsHelpFormatter",
     "Drain",
     "DrainResult",
     "PlaceConfig",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hma_serve.cli.scrape import Scraper
 from hma_serve.cli.top_view import Seen, render
-from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.errors import FailedPrecondition, InvalidArgument
 from hma_serve.registry import Watcher, open_readable_store
 from hma_serve.rpc import TlsConfig
 from hma_serve.worker import add_etcd_tls_argument, add_tls_argument, etcd_tls
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hma-serve top",
         description="Show workers, load, KV occupancy, objectives attained and transfer rates. q or Ctrl-C ends it.",
-        epilog="Without a terminal, or with --once, it prints one look and ends.",
+        epilog="Without a terminal that can be drawn on, or with --once, it prints one look and ends.",
     )
     parser.add_argument(
         "--etcd",
@@ -108,8 +108,13 @@ def parse_config(argv: Sequence[str] | None) -> TopConfig:
         etcd_tls_dir=args.etcd_tls_dir,
         routers=tuple(routers),
         interval=args.interval,
-        once=args.once or not sys.stdout.isatty(),
+        once=args.once or not _is_screen(),
     )
+
+
+def _is_screen() -> bool:
+    """Whether stdout can be drawn on. Python has no stdout at all where the shell closed it."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,8 +137,12 @@ async def _look_once(config: TopConfig, watcher: Watcher) -> None:
         await _look(config, watcher, scraper)
         await asyncio.sleep(config.interval)
         seen = await _look(config, watcher, scraper)
-    with contextlib.suppress(BrokenPipeError):
+    try:
         print(render(seen, 10_000, bold=False), flush=True)
+    except BrokenPipeError:
+        pass
+    except OSError as exc:
+        raise FailedPrecondition(f"cannot write to stdout: {exc.strerror}") from exc
 
 
 async def _look_on(config: TopConfig, watcher: Watcher) -> None:

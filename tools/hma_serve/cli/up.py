@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
 import http.client
 import json
 import os
@@ -191,15 +192,30 @@ def _not_ours(host: str, exc: OSError) -> FailedPrecondition:
 def data_directory(chosen: Path | None) -> Iterator[Path]:
     """The chosen directory, kept; or a temporary one, removed at the end unless something failed: it has the logs."""
     if chosen is not None:
-        try:
-            chosen.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise FailedPrecondition(f"cannot use {chosen}: {exc.strerror}", field="--data-dir") from exc
-        yield chosen
+        with claimed(chosen):
+            yield chosen
         return
     directory = Path(tempfile.mkdtemp(prefix="hma-serve-"))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Makes the directory and holds it, so that no two clusters write the same files."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("ab")
+    except OSError as exc:
+        raise FailedPrecondition(f"cannot use {directory}: {exc.strerror}", field="--data-dir") from exc
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise FailedPrecondition(
+                f"{directory} is in use by another `hma-serve up`; choose another --data-dir", field="--data-dir"
+            ) from exc
+        yield
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.worker import (
+    DefaultsHelpFormatter,
     PlaceConfig,
     add_place_arguments,
     available_memory,
@@ -137,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hma-serve decode",
         description="Holds prompts' KV as prefill packed it, computes and samples every token.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsHelpFormatter,
     )
     model = parser.add_argument_group("model")
     add_model_arguments(model)

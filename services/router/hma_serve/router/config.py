@@ -13,7 +13,7 @@ from hma_serve.checkpoint import add_model_arguments
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import Slo
 from hma_serve.rpc import TlsConfig
-from hma_serve.worker import add_etcd_tls_argument, add_tls_argument
+from hma_serve.worker import DefaultsHelpFormatter, add_etcd_tls_argument, add_tls_argument
 
 _MAX_PORT = 65535
 
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hma-serve router",
         description="Serves the OpenAI API and gRPC, and places each request on a prefill and a decode worker.",
         epilog="Try it: curl http://localhost:8000/v1/models",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsHelpFormatter,
     )
     defaults = RouterConfig(registry="-")
     model = parser.add_argument_group("model")

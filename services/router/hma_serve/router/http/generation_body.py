@@ -118,7 +118,10 @@ def _logit_bias(body: Mapping[str, Any]) -> Mapping[int, float]:
     biases = fields.obj(body, "logit_bias")
     if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in biases):
         raise InvalidArgument("the keys of logit_bias must be token ids", field="logit_bias")
-    return MappingProxyType({int(key): fields.number(biases, key, 0.0) for key in biases})
+    try:
+        return MappingProxyType({int(key): fields.number(biases, key, 0.0) for key in biases})
+    except InvalidArgument as exc:
+        raise InvalidArgument(f"in logit_bias, {exc.message}", field="logit_bias") from exc
 
 
 def _stop(body: Mapping[str, Any]) -> StopConditions:

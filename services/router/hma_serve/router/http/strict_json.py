@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from hma_serve.core.errors import InvalidArgument
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise InvalidArgument(f"the body is not valid JSON: {name} is not JSON")
 
 
 def loads_object(body: bytes) -> dict[str, Any]:
@@ -24,8 +25,10 @@ def loads_object(body: bytes) -> dict[str, Any]:
         raise InvalidArgument("the body is not UTF-8") from exc
     except RecursionError as exc:
         raise InvalidArgument("the body is nested too deeply") from exc
-    except ValueError as exc:
+    except json.JSONDecodeError as exc:
         raise InvalidArgument(f"the body is not valid JSON: {exc}") from exc
+    except ValueError as exc:
+        raise InvalidArgument(f"the body has a number of more than {sys.get_int_max_str_digits()} digits") from exc
     if not isinstance(value, dict):
         raise InvalidArgument("the body must be a JSON object")
     return value
