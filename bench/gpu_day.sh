@@ -7,7 +7,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-gpu_results}
-export PYTHONPATH=.:common:services/router:services/prefill:services/decode:tools${PYTHONPATH:+:$PYTHONPATH}
+for root in tools services/decode services/prefill services/router common .; do
+  PYTHONPATH=$PWD/$root${PYTHONPATH:+:$PYTHONPATH}
+done
+export PYTHONPATH
 mkdir -p "$OUT"
 python=${PYTHON:-python3}
 failed=0
