@@ -47,23 +47,23 @@ class BytePage:
 
     def arrange(self, units: torch.Tensor, keys: bool, head_dim: int) -> torch.Tensor:
         """uint8 [..., group_bytes] to uint8 [..., page bytes]."""
-        elements, scales = _places(self.layout, self.bits, self.scales, keys, head_dim)
+        elements, scales = _places(self.layout, self.bits, self.scales, keys, head_dim, units.device)
         codes = unpack_codes(units, self.bits) if self.bits < 8 else units
-        page = codes.index_select(-1, elements.to(units.device))
+        page = codes.index_select(-1, elements)
         if self.codes is not None:
             page = _table(self.codes, units.device)[page.int()]
         if keys and not self.floats:
             page = page ^ 128
         if self.powers:
-            tail = units.index_select(-1, scales.to(units.device)) + self.raised
+            tail = units.index_select(-1, scales) + self.raised
         else:
-            wide = _floats(units.index_select(-1, scales.to(units.device))) * self.factor
+            wide = _floats(units.index_select(-1, scales)) * self.factor
             tail = wide.expand(*wide.shape[:-1], GROUP_TOKENS).contiguous().view(torch.uint8)
         return torch.cat([page, tail], -1)
 
     def restore(self, pages: torch.Tensor, keys: bool, head_dim: int) -> torch.Tensor:
         """The inverse of `arrange`."""
-        elements, scales = _places(self.layout, self.bits, self.scales, keys, head_dim)
+        elements, scales = _places(self.layout, self.bits, self.scales, keys, head_dim, pages.device)
         page, tail = pages[..., : GROUP_TOKENS * head_dim], pages[..., GROUP_TOKENS * head_dim :]
         if keys and not self.floats:
             page = page ^ 128
@@ -76,9 +76,9 @@ class BytePage:
             tail = wide.contiguous().view(torch.uint8)
         size = int(max(elements.max() // (8 // self.bits), scales.max())) + 1
         codes = pages.new_zeros((*pages.shape[:-1], size * 8 // self.bits))
-        codes[..., elements.to(pages.device)] = page
+        codes[..., elements] = page
         units = pack_codes(codes, self.bits)
-        units[..., scales.to(pages.device)] = tail
+        units[..., scales] = tail
         return units
 
 
@@ -111,8 +111,20 @@ def _inverse(codes: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=64)
-def _places(layout: Layout, bits: int, scales: int, keys: bool, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a page's elements (in codes) and scales (in bytes) stand in a unit, in the page's order."""
+def _places(
+    layout: Layout, bits: int, scales: int, keys: bool, head_dim: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a page's elements (in codes) and scales (in bytes) stand in a unit, in the page's order.
+
+    Kept on the device: to copy them there for each block would wait for whatever the device does at that time.
+    """
+    elements, exponents = _host_places(layout, bits, scales, keys, head_dim)
+    return elements.to(device), exponents.to(device)
+
+
+def _host_places(
+    layout: Layout, bits: int, scales: int, keys: bool, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     element = fragment_elements(keys, head_dim, wide=False)
     exponent = fragment_exponents(keys, head_dim)
     groups = head_dim // GROUP

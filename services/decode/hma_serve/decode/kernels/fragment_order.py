@@ -15,6 +15,8 @@ The orders are permutations: nothing is lost, and a page takes as many bytes as 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from hma_serve.core.groups import GROUP_TOKENS
@@ -65,15 +67,16 @@ def _grid(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
 def arrange_plain(values: torch.Tensor, keys: bool) -> torch.Tensor:
     """16-bit elements [..., 32, head_dim] to pages [..., 32 * head_dim]."""
     head_dim = values.shape[-1]
-    return values.flatten(-2).index_select(-1, _on(fragment_elements(keys, head_dim, wide=True), values))
+    return values.flatten(-2).index_select(-1, _wide_elements(keys, head_dim, values.device))
 
 
 def restore_plain(pages: torch.Tensor, keys: bool, head_dim: int) -> torch.Tensor:
     """The inverse of `arrange_plain`."""
     values = torch.empty_like(pages)
-    values[..., _on(fragment_elements(keys, head_dim, wide=True), pages)] = pages
+    values[..., _wide_elements(keys, head_dim, pages.device)] = pages
     return values.view(*values.shape[:-1], GROUP_TOKENS, head_dim)
 
 
-def _on(index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return index.to(like.device)
+@lru_cache(maxsize=16)
+def _wide_elements(keys: bool, head_dim: int, device: torch.device) -> torch.Tensor:
+    return fragment_elements(keys, head_dim, wide=True).to(device)
