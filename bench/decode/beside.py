@@ -87,7 +87,7 @@ def flashinfer_us(group: int, batch: int, context: int) -> float | None:
         for kv in _contiguous(batch, context)
     ]
     pages = batch * context // page
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
     # What stands still while a graph is replayed.
     first = torch.arange(0, pages + 1, context // page, dtype=torch.int32, device="cuda")
     indices = torch.randperm(pages, dtype=torch.int32, device="cuda")

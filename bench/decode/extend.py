@@ -9,7 +9,7 @@ from itertools import product
 
 from bench.decode.attention import fused_us
 from bench.decode.beside import sdpa_us
-from hma_serve.decode.kernels.attention_call import HEADS_AT_ONCE, queries_at_once
+from hma_serve.decode.kernels.attention_call import queries_at_once
 
 SHAPES = [(4, "tt_bfp8_b"), (8, "tt_bfp8_b"), (5, "tt_bfp8_b"), (4, "fp8_e4m3fn")]
 """Query heads of a KV head, and the format."""
@@ -20,8 +20,8 @@ TOKENS = (4, 32)
 
 
 def ways(group: int) -> list[int]:
-    """How many query tokens are read together: one, as many as fill one tensor-core product, as many as fill two."""
-    return sorted({1, HEADS_AT_ONCE // group, queries_at_once(group)})
+    """How many query tokens are read together: one, or as many as fill one, two or three tensor-core products."""
+    return sorted({1, *(queries_at_once(group, tiles) for tiles in (1, 2, 3))})
 
 
 COMPILED = [(group, name, [64, 64], 32, queries) for group, name in SHAPES for queries in ways(group)]

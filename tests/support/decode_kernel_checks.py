@@ -63,12 +63,13 @@ class AttentionCheck:
     v_format: str = "tt_bfp8_b"
     offset: bool = False
     counts: list[int] | None = None
+    tiles: int = 2
     fold: int = 1
 
     def run(self, *, ptx: bool) -> float:
         """The relative error; NaN if anything was not written."""
         rows = sum(self.counts) if self.counts else len(self.sequences)
-        queries = queries_at_once(self.group) if self.counts else 1
+        queries = queries_at_once(self.group, self.tiles) if self.counts else 1
         shape = AttentionShape(rows, self.kv_heads, self.group, self.head_dim, self.programs, 1, queries, self.fold)
         case = paged_case(
             shape,
@@ -102,7 +103,7 @@ _EXTEND = [
     AttentionCheck(
         [(0, 34)], group=5, head_dim=32, kv_heads=2, programs=1, k_format="int8", v_format="int8", counts=[4]
     ),
-    AttentionCheck([(2, 33)], group=8, head_dim=32, kv_heads=1, programs=9, k_format="fp8_e4m3fn", counts=[3]),
+    AttentionCheck([(2, 33)], group=8, head_dim=32, kv_heads=1, programs=9, k_format="fp8_e4m3fn", counts=[4], tiles=3),
 ]
 _FOLD = [
     AttentionCheck([(0, 33), (4, 1)], group=5, head_dim=32, kv_heads=2, programs=6, fold=2),
@@ -152,12 +153,17 @@ def extend_grid() -> list[AttentionCheck]:
         for programs in (1, 50, 1320)
     ]
     long = [AttentionCheck([(155, 40), (0, 200)], kv_heads=8, counts=[17, 200])]
+    tiles = [
+        AttentionCheck(_MIXED, group=group, counts=_MIXED_COUNTS, tiles=count)
+        for group in (4, 5, 8)
+        for count in (1, 3)
+    ]
     codecs = [
         AttentionCheck([(3, 40), (1, 1)], group=group, counts=[21, 1], k_format=k, v_format=v)
         for group in (4, 5)
         for k, v in _CODECS
     ]
-    return heads + every + long + codecs
+    return heads + every + long + tiles + codecs
 
 
 def fold_grid() -> list[AttentionCheck]:

@@ -19,11 +19,11 @@ HEADS_AT_ONCE: Final = 8
 _TILES = 2
 """Tensor-core products that share a page's loaded and converted bytes when several query tokens are read together.
 
-Two fit the registers beside the pages under way; each costs a third of what a page costs alone, so more would not gain
-what the fewer warps lose."""
+A further one costs a third of what a page costs with one. Three leave a multiprocessor eight programs instead of ten,
+four do not fit the registers."""
 
-_REGISTERS: Final = {1: 128, 2: 200}
-"""Of a thread, by such products: what needs no spills."""
+_REGISTERS: Final = {1: 128, 2: 200, 3: 255}
+"""Of a thread, by such products: what needs no spills in the loop over packed pages."""
 
 _FILE_WORDS = 65536
 """Registers of a multiprocessor."""
@@ -47,7 +47,7 @@ class AttentionShape:
         head_dim: A multiple of 32.
         programs: Warps that share the work: a fixed number, whatever the lengths are.
         least: Pages that a program takes at least.
-        queries: Query tokens of a sequence that are read together at most: 1, or up to `queries_at_once`.
+        queries: Query tokens of a sequence that are read together at most; see `queries_at_once`.
         fold: If up to so many programs share a (row, KV head), the last of them to be done adds their parts; if more
             do, `merge` does. With `programs` there is no `merge`.
     """
@@ -64,7 +64,7 @@ class AttentionShape:
     def __post_init__(self) -> None:
         if not 0 < self.group <= HEADS_AT_ONCE or self.head_dim % 32:
             raise ValueError(f"{self.group} query heads of {self.head_dim} channels a KV head are not supported")
-        if not 0 < self.queries <= queries_at_once(self.group):
+        if not 0 < self.queries <= queries_at_once(self.group, max(_REGISTERS)):
             raise ValueError(f"{self.queries} query tokens of {self.group} heads cannot be read together")
 
     @property
@@ -78,9 +78,9 @@ class AttentionShape:
         return -(-self.columns // HEADS_AT_ONCE)
 
 
-def queries_at_once(group: int) -> int:
-    """Query tokens of so many heads a KV head that can be read together."""
-    return _TILES * HEADS_AT_ONCE // group
+def queries_at_once(group: int, tiles: int = _TILES) -> int:
+    """Query tokens of so many heads a KV head that so many products hold, at most three."""
+    return tiles * HEADS_AT_ONCE // group
 
 
 def warps_at_once(group: int, queries: int) -> int:

@@ -466,7 +466,7 @@ def _fold(
             tl.store(OUT + place, result.to(OUT.dtype.element_ty), mask=wanted[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def attend(
     Q16,  # int32 view of fp16 [rows, heads, D]: queries, times a power of two a head
     QBF,  # int32 view of bf16 [rows, heads, D]
