@@ -10,6 +10,7 @@ from hma_serve.decode.kernels.attention_call import (
     AttentionShape,
     AttentionWork,
     LayerPages,
+    PartMemory,
     QueryOperand,
     StepRows,
     together,
@@ -25,6 +26,7 @@ class PagedCase:
     """One layer's problem and its answer."""
 
     work: AttentionWork
+    parts: PartMemory
     query: QueryOperand
     pages: LayerPages
     expected: torch.Tensor
@@ -88,7 +90,8 @@ def paged_case(
     offsets = noise(kv, dim) if offset else None
     expected = torch.zeros(shape.rows, kv * group, dim, dtype=torch.float64, device=device)
     rows = StepRows.empty(shape.rows, device)
-    work = AttentionWork(shape, rows, 0, device)
+    parts = PartMemory(shape.programs, shape.columns, dim, device)
+    work = AttentionWork(shape, rows, 0, device, parts)
     scale, at, plain_at, row = dim**-0.5, 0, 0, 0
     for number, (count, tail) in enumerate(sequences):
         slot, tail_pages = int(slots[number]), -(-tail // 32)
@@ -130,6 +133,7 @@ def paged_case(
         expected[asked] = torch.einsum("nkgt,ktd->nkgd", weights, values).flatten(1, 2)
     return PagedCase(
         work,
+        parts,
         QueryOperand.of(q, offsets),
         LayerPages(memory.view(torch.int32), tables[0], tables[1], k_kind, v_kind),
         expected,
