@@ -34,6 +34,7 @@ from hma_serve.v1 import (
 _SERVING = re.compile(r"gRPC (\S+), HTTP")
 _SECONDS = 600.0
 _START_SECONDS = 300.0
+_LOG_LINES = 60
 _numbers = itertools.count()
 
 
@@ -70,7 +71,10 @@ def worker(role: str, *arguments: str) -> Iterator[Worker]:
                 yield Worker(found[1], line)
                 break
         else:
-            raise RuntimeError(f"the {role} worker did not start:\n{''.join(said)}")
+            raise RuntimeError(f"the {role} worker did not start")
+    except BaseException:
+        print(f"the {role} worker's log ends with\n{''.join(said[-_LOG_LINES:])}", file=sys.stderr, flush=True)
+        raise
     finally:
         watchdog.cancel()
         process.kill()
