@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU machine, in the order of what is worth most, each part within its limit of time.
-#   bench/gpu_day.sh [PART ...]      parts: tests whole_path prefill decode ablation ablation_14b ablation_32b; default: all
+#   bench/gpu_day.sh [PART ...]      parts: tests kernels whole_path prefill decode ablation ablation_14b ablation_32b; default: all
 # Results go to $OUT (default: gpu_results). Nothing needs to be installed but the packages that the services import:
 # where the repository is not, its roots are on the path. $COMMIT names the commit where there is no git; $PYTHON the
 # interpreter. A part that fails or runs out of time does not end the others; the exit status says whether one did.
@@ -31,10 +31,16 @@ ablation() { # ablation NAME SHAPE...
     --mbit 8000 --model "$@" --write "$OUT/$name"
 }
 
-for each in "${@:-tests whole_path prefill decode ablation ablation_14b ablation_32b}"; do
+for each in "${@:-tests kernels whole_path prefill decode ablation ablation_14b ablation_32b}"; do
   for name in $each; do
     case $name in
       tests) part tests 300 "$python" tests/support/prefill_kernel_checks.py ;;
+      # What of decode's kernels has not run on silicon: its tests (they need pytest and its plugins), then its times.
+      kernels)
+        mkdir -p "$OUT/kernels"
+        OUT=$OUT/kernels part kernels 590 "$python" -m bench.decode --tests "an_extend or folded or step" --seconds 500 \
+          8B-extend fold extend
+        ;;
       whole_path) part whole_path 560 "$python" -m bench.whole_path --device cuda ;;
       prefill) part prefill 400 "$python" -m bench.prefill_gpu 8B ;;
       decode) part decode 580 "$python" -m bench.decode --no-check --seconds 500 8B attention ;;
