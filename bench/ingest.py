@@ -120,7 +120,7 @@ async def _produce(producer: Producer, decode: str, receiver: str) -> None:
             stop = loop.run_in_executor(None, sys.stdin.readline)
             began, sent = time.perf_counter(), 0
             while not stop.done():
-                sent += await producer.fill(channel, ticket, rate=float(rate))
+                sent += await producer.fill(channel, ticket, rate=float(rate), stopped=stop.done)
             print(sent / (time.perf_counter() - began), flush=True)
         call.cancel()
 
@@ -164,7 +164,10 @@ def _producers(load: Load, decode: str, receivers: Sequence[str]) -> Iterator[_P
 
 
 class _Batch:
-    """Requests that decode until they are told to end; `async with`."""
+    """Requests that decode until they are told to end, each followed by another; `async with`.
+
+    What came is kept as moments and tokens; the first of a request counts for none, as nothing goes before it.
+    """
 
     def __init__(self, load: Load, producer: Producer, decode: str, new_tokens: int) -> None:
         self._load, self._producer = load, producer
@@ -204,14 +207,16 @@ class _Batch:
     async def _stream(self, number: int) -> None:
         async with open_channel(self._decode) as channel:
             stub: Any = decode_pb2_grpc.DecodeStub(channel)
-            call = stub.Generate(self._producer.request(self._new_tokens, f"batch {number} {time.monotonic_ns()}"))
-            ticket = (await call.read()).ticket
-            async with open_channel(ticket.push_address) as receiver:
-                await self._producer.fill(receiver, ticket, commit=True)
-            while (response := await call.read()) is not grpc.aio.EOF:
-                if count := len(response.tokens.token_ids):
-                    self._came[number].append((time.perf_counter(), count))
-        raise RuntimeError("a request of the batch ended before the measurement")
+            while True:
+                call = stub.Generate(self._producer.request(self._new_tokens, f"batch {number} {time.monotonic_ns()}"))
+                ticket = (await call.read()).ticket
+                async with open_channel(ticket.push_address) as receiver:
+                    await self._producer.fill(receiver, ticket, commit=True)
+                begun = False
+                while (response := await call.read()) is not grpc.aio.EOF:
+                    if count := len(response.tokens.token_ids):
+                        self._came[number].append((time.perf_counter(), count if begun else 0))
+                        begun = True
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         async with asyncio.timeout(_PHASE_SECONDS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc.aio
@@ -91,7 +91,13 @@ class Producer:
         raise RuntimeError(f"no ticket names {push_address}")
 
     async def fill(
-        self, channel: grpc.aio.Channel, ticket: decode_pb2.Ticket, *, rate: float = 0.0, commit: bool = False
+        self,
+        channel: grpc.aio.Channel,
+        ticket: decode_pb2.Ticket,
+        *,
+        rate: float = 0.0,
+        commit: bool = False,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> int:
         """Sends a prompt's KV; without the commit the ticket can be filled again.
 
@@ -100,9 +106,10 @@ class Producer:
             ticket: Which request.
             rate: Payload bytes per second at most; 0: as fast as it is taken.
             commit: Ends the stream, so that the request begins.
+            stopped: Asked after each block; once it says so, no more are sent.
 
         Returns:
-            Payload bytes, once all of them are in pages.
+            Payload bytes that were sent, once all of them are in pages.
         """
         writer = StreamWriter(validate_manifest(self._manifest), ticket.nonce, ticket.epoch)
         stream, credit = await self._opened(channel, ticket)
@@ -113,6 +120,8 @@ class Producer:
             if rate and (early := began + writer.payload_bytes / rate - time.perf_counter()) > 0:
                 await asyncio.sleep(early)
             await stream.write(encode_frame(header, payload))
+            if stopped():
+                break
         while (await stream.read()).ack.blocks < writer.sent:
             pass
         if commit:
