@@ -142,7 +142,8 @@ async def by_http(cluster: Cluster, prompt: list[int], options: dict[str, Any]) 
     answer = []
     for choice in response.json()["choices"]:
         given = choice["logprobs"] or {"token_logprobs": [], "top_logprobs": []}
-        tops = [sorted(top.values(), reverse=True) for top in given["top_logprobs"]]
+        # HTTP gives the token itself, too, where it is not among the likeliest.
+        tops = [sorted(top.values(), reverse=True)[: options["logprobs"]] for top in given["top_logprobs"]]
         logprobs = [[chosen, *top] for chosen, top in zip(given["token_logprobs"], tops, strict=True)]
         answer.append((choice["token_ids"], choice["finish_reason"], logprobs))
     return answer

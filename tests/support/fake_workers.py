@@ -376,7 +376,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServicer):
             tokens = decode_pb2.DecodeTokens(token_ids=ids)
             if request.sampling.HasField("logprobs"):
                 chosen = [common_pb2.TokenLogprob(token_id=token, logprob=-0.5) for token in ids]
-                tokens.logprobs.extend(common_pb2.TokenLogprobs(chosen=one, top=[one]) for one in chosen)
+                tokens.logprobs.extend(
+                    common_pb2.TokenLogprobs(chosen=one, top=[one] * request.sampling.logprobs) for one in chosen
+                )
             yield decode_pb2.DecodeGenerateResponse(tokens=tokens)
         if self.lose_the_end:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")

@@ -171,6 +171,8 @@ async def test_logprobs_come_in_openais_shape(stack: Stack) -> None:
         "top_logprobs": [{"a": -0.5}, {"b": -0.5}],
         "text_offset": [0, 1],
     }
+    alone = await stack.complete(prompt="ab", max_tokens=2, logprobs=0)
+    assert alone["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.5}, {"b": -0.5}]
     chunks = await stack.stream(prompt="ab", max_tokens=2, logprobs=1)
     assert [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks[:2]] == [[0], [1]]
 

@@ -54,7 +54,9 @@ class CompletionAnswer(Answer):
             "tokens": tokens,
             "token_logprobs": [entry.chosen.logprob for entry in event.logprobs],
             "top_logprobs": [
-                {self._token_text(top.token_id): top.logprob for top in entry.top} for entry in event.logprobs
+                # The token itself comes beside the likeliest, which need not hold it: one more than was asked for.
+                {self._token_text(each.token_id): each.logprob for each in (*entry.top, entry.chosen)}
+                for entry in event.logprobs
             ],
             "text_offset": offsets,
         }
