@@ -1,7 +1,7 @@
 """How fast KV gets into one decode worker through its receivers, and what that costs the requests that it decodes.
 
 A batch decodes all the time; its tokens are timed where a router would get them, so that whatever delays one counts.
-Beside it one producer for each receiver, a process of the lowest priority, fills a ticket again and again that it never
+Beside it one producer for each receiver, a process of the lowest priority, fills tickets again and again that it never
 commits, first as fast as it is taken. Where that costs too much, the rate is halved towards what does not. Each rate
 is compared with a measurement without producers just before.
 """
@@ -25,10 +25,13 @@ import numpy as np
 from bench.kv_producer import Producer
 from hma_serve.checkpoint import fingerprint, read_model_config, resolve_checkpoint
 from hma_serve.rpc import open_channel, tune_allocator
-from hma_serve.v1 import decode_pb2_grpc
+from hma_serve.v1 import decode_pb2, decode_pb2_grpc
 
 ALLOWED = 1.05
 """Of the p99 of a token without KV arriving."""
+
+STREAMS = 2
+"""At a time for each receiver, as one waits for the engine between two prompts."""
 
 _HALVINGS = 3
 _POLL_SECONDS = 0.02
@@ -113,16 +116,23 @@ def produce(load: Load, decode: str, receiver: str) -> None:
 async def _produce(producer: Producer, decode: str, receiver: str) -> None:
     loop = asyncio.get_running_loop()
     async with open_channel(decode) as front, open_channel(receiver) as channel:
-        call, ticket = await producer.ticket(front, receiver)
-        await producer.fill(channel, ticket)
+        held = [await producer.ticket(front, receiver) for _ in range(STREAMS)]
+        await asyncio.gather(*(producer.fill(channel, ticket) for _, ticket in held))
         print("ready", flush=True)
         while rate := await loop.run_in_executor(None, sys.stdin.readline):
             stop = loop.run_in_executor(None, sys.stdin.readline)
-            began, sent = time.perf_counter(), 0
-            while not stop.done():
-                sent += await producer.fill(channel, ticket, rate=float(rate), stopped=stop.done)
-            print(sent / (time.perf_counter() - began), flush=True)
-        call.cancel()
+            began, each = time.perf_counter(), float(rate) / STREAMS
+
+            async def keep_filling(ticket: decode_pb2.Ticket, each: float = each, stop: Any = stop) -> int:
+                sent = 0
+                while not stop.done():
+                    sent += await producer.fill(channel, ticket, rate=each, stopped=stop.done)
+                return sent
+
+            sent = await asyncio.gather(*(keep_filling(ticket) for _, ticket in held))
+            print(sum(sent) / (time.perf_counter() - began), flush=True)
+        for call, _ in held:
+            call.cancel()
 
 
 class _Producers:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bench.ablation_layer import layer_times
 from bench.figures import provenance
-from bench.ingest import Load, measure
+from bench.ingest import STREAMS, Load, measure
 from bench.split_pair import Worker, connected, started_together, worker
 from bench.whole_path_page import LayerParts, PathRow, Result, picture, tables
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
@@ -97,7 +97,7 @@ class Plan:
             window=min(read_model_config(resolve_checkpoint(model)).max_position_embeddings, 8192),
             pushed=2048,
         )
-        capacity = load.batch * load.window + max(args.receivers) * load.pushed + 2 * load.window
+        capacity = load.batch * load.window + 2 * (STREAMS * max(args.receivers) * load.pushed + load.window)
         cores = len(os.sched_getaffinity(0))
         return cls(model, args.device, prefills, args.receivers, load, max(1, cores - 4), capacity)
 
