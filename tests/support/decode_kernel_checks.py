@@ -115,6 +115,7 @@ _SINGLE = [
     AttentionCheck([(2, 5), (0, 33)], group=4, head_dim=64, kv_heads=1, programs=3, offset=True),
     AttentionCheck([(2, 1)], group=5, head_dim=32, kv_heads=2, programs=7, k_format="int8", v_format="fp8_e4m3fn"),
     AttentionCheck([(1, 40)], group=8, head_dim=32, kv_heads=1, programs=1, k_format="mxfp8_e4m3", v_format="mxint8"),
+    AttentionCheck([(2, 3)], group=4, head_dim=64, kv_heads=1, programs=2, k_format="nvfp4", v_format="nvfp4"),
 ]
 _EXTEND = [
     AttentionCheck([(1, 37), (2, 1)], group=4, head_dim=64, kv_heads=1, programs=5, offset=True, counts=[7, 1]),

@@ -63,8 +63,8 @@ def test_what_a_gpu_decodes_on_arrival_is_what_the_help_says(name: str) -> None:
         return stays_packed(Packed(k_codec, v_codec, pairing, 64))
 
     said = " ".join(build_parser().format_help().split())
-    assert "a GPU decodes nvfp4, int4, f32 and KV whose keys are in interleaved RoPE channels in any case" in said
+    assert "a GPU decodes int4, f32 and KV whose keys are in interleaved RoPE channels in any case" in said
     # BF16 pages are what decoding would give.
-    decoded = name.partition(".")[0] in ("nvfp4", "int4", "f32", "bf16")
+    decoded = name.partition(".")[0] in ("int4", "f32", "bf16")
     assert stays(name, "tt_bfp8_b") is stays("tt_bfp8_b", name) is not decoded
     assert not stays(name, name, KV_ROPE_PAIRING_INTERLEAVED)

@@ -165,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--kv-mode",
         default="fused",
         choices=["fused", "materialise"],
-        help="read packed KV as it came, or decode it when it arrives; a GPU decodes nvfp4, int4, f32 and KV "
+        help="read packed KV as it came, or decode it when it arrives; a GPU decodes int4, f32 and KV "
         "whose keys are in interleaved RoPE channels in any case",
     )
     work.add_argument(

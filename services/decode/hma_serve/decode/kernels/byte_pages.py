@@ -18,7 +18,11 @@ from hma_serve.quant.packing import pack_codes, unpack_codes
 
 _E2M1_IN_SIXTEENTHS = (0, 8, 16, 24, 32, 48, 64, 96)
 
+_FLOAT_BYTES = 4
+_UNIT_BYTES = 16
+
 Layout = Literal["tile", "rows"]
+Tail = Literal["powers", "tokens", "codes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +32,30 @@ class BytePage:
     Attributes:
         layout: `tile`: Tenstorrent's tiles; `rows`: elements in the order (token, channel), then scales.
         floats: Elements are E4M3 codes, otherwise integers.
-        powers: Scales are biased exponents, otherwise float32.
+        tail: Scales are biased exponents; a float32 per token; or E4M3 codes, and behind them a float32 of the page.
         bits: Of an element on the wire.
         codes: What an element's code means as an integer of the kernel; None: itself, in two's complement.
-        scales: On the wire: per 16 channels, per 32, per token, or one of a unit (32, 1 or 0 channels).
+        scales: On the wire: per 16 channels, per 32, per token, or one of a unit (16, 32, 1 or 0 channels).
         raised: Added to exponents.
         factor: Of float32 scales, a power of two.
     """
 
     layout: Layout
     floats: bool
-    powers: bool
+    tail: Tail
     bits: int = 8
     codes: tuple[int, ...] | None = None
     scales: int = GROUP
     raised: int = 0
     factor: float = 1.0
+
+    def tail_bytes(self, head_dim: int) -> int:
+        """Of a page's scales; a page is whole units of an address."""
+        return {
+            "powers": 2 * head_dim,
+            "tokens": _FLOAT_BYTES * GROUP_TOKENS,
+            "codes": 2 * head_dim + _UNIT_BYTES,
+        }[self.tail]
 
     def arrange(self, units: torch.Tensor, keys: bool, head_dim: int) -> torch.Tensor:
         """uint8 [..., group_bytes] to uint8 [..., page bytes]."""
@@ -54,8 +66,11 @@ class BytePage:
             page = _table(self.codes, units.device)[page.int()]
         if keys and not self.floats:
             page = page ^ 128
-        if self.powers:
+        if self.tail == "powers":
             tail = units.index_select(-1, scales) + self.raised
+        elif self.tail == "codes":
+            fine, unit = units.index_select(-1, scales).split((2 * head_dim, _FLOAT_BYTES), -1)
+            tail = torch.cat([fine] + [unit] * (_UNIT_BYTES // _FLOAT_BYTES), -1)
         else:
             wide = _floats(units.index_select(-1, scales)) * self.factor
             tail = wide.expand(*wide.shape[:-1], GROUP_TOKENS).contiguous().view(torch.uint8)
@@ -69,8 +84,10 @@ class BytePage:
             page = page ^ 128
         if self.codes is not None:
             page = _inverse(self.codes, pages.device)[page.int()]
-        if self.powers:
+        if self.tail == "powers":
             tail = tail - self.raised
+        elif self.tail == "codes":
+            tail = tail[..., : 2 * head_dim + _FLOAT_BYTES]
         else:
             wide = _floats(tail)[..., : GROUP_TOKENS if self.scales == 1 else 1] / self.factor
             tail = wide.contiguous().view(torch.uint8)
@@ -134,6 +151,10 @@ def _host_places(
     start = GROUP_TOKENS * head_dim * bits // 8
     if scales == 32:
         return element, start + token * (head_dim // 32) + channel // 32
+    if scales == GROUP:
+        behind = start + GROUP_TOKENS * groups
+        codes = start + fragment_exponents(True, head_dim)
+        return element, torch.cat([codes, torch.arange(behind, behind + _FLOAT_BYTES)])
     return element, torch.arange(start, start + 4 * (GROUP_TOKENS if scales == 1 else 1))
 
 
@@ -149,20 +170,21 @@ def _tile_element(token: torch.Tensor, channel: torch.Tensor, bits: int) -> torc
 
 
 def _fp8(name: str, factor: float) -> dict[str, BytePage]:
-    one = BytePage("rows", floats=True, powers=False, scales=0, factor=factor)
-    each = BytePage("rows", floats=True, powers=False, scales=1, factor=factor)
+    one = BytePage("rows", floats=True, tail="tokens", scales=0, factor=factor)
+    each = BytePage("rows", floats=True, tail="tokens", scales=1, factor=factor)
     return {name: each, f"{name}.token_head": each, f"{name}.head": one, f"{name}.tensor": one}
 
 
 BYTE_PAGES = {
     **{
-        f"tt_bfp{bits}_b": BytePage("tile", floats=False, powers=True, bits=bits, codes=_sign_magnitude(bits))
+        f"tt_bfp{bits}_b": BytePage("tile", floats=False, tail="powers", bits=bits, codes=_sign_magnitude(bits))
         for bits in (8, 4, 2)
     },
-    "mxint8": BytePage("rows", floats=False, powers=True, scales=32),
-    "mxfp4": BytePage("rows", floats=False, powers=True, bits=4, codes=_e2m1(), scales=32, raised=2),
-    "mxfp8_e4m3": BytePage("rows", floats=True, powers=True, scales=32),
-    "int8": BytePage("rows", floats=False, powers=False, scales=1),
+    "mxint8": BytePage("rows", floats=False, tail="powers", scales=32),
+    "mxfp4": BytePage("rows", floats=False, tail="powers", bits=4, codes=_e2m1(), scales=32, raised=2),
+    "nvfp4": BytePage("rows", floats=False, tail="codes", bits=4, codes=_e2m1(), scales=GROUP),
+    "mxfp8_e4m3": BytePage("rows", floats=True, tail="powers", scales=32),
+    "int8": BytePage("rows", floats=False, tail="tokens", scales=1),
     **_fp8("fp8_e4m3fn", 1.0),
     **_fp8("fp8_e4m3fnuz", 0.5),
     **_fp8("fp8_e4m3_ieee", 1.0),

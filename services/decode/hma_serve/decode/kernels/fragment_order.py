@@ -8,6 +8,7 @@ for what a lane holds of such an operand). A *group* is 16 channels.
     16-bit elements  [half][group][lane][8 elements]                            one load of 16 bytes a lane and group
     exponents of K   [half][g][token g or g + 8][group]                         behind the elements
     exponents of V   [half][t][group][token 2t, 2t+1, 2t+8, 2t+9]
+    E4M3 scales      as exponents of K, K and V alike; a float32 of the page behind them, four times
     token scales     float32 [32], K and V alike
 
 The orders are permutations: nothing is lost, and a page takes as many bytes as on the wire.

@@ -1,4 +1,4 @@
-"""What packed pages hold for the attention kernel: two kinds of 8-bit elements under two kinds of scales."""
+"""What packed pages hold for the attention kernel: two kinds of 8-bit elements under three kinds of scales."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ class PackedKind:
 
     Attributes:
         elements: Integers, or E4M3 codes.
-        scales: Biased exponents per token and 16 channels, or a float32 per token.
+        scales: Biased exponents per token and 16 channels; a float32 per token; or E4M3 codes per token and 16 channels
+            under a float32 of the page.
     """
 
     elements: int
@@ -22,5 +23,6 @@ class PackedKind:
 
 BLOCK_FLOAT = PackedKind(paged_decode.INTEGERS.value, paged_decode.POWERS.value)
 INTEGER = PackedKind(paged_decode.INTEGERS.value, paged_decode.TOKENS.value)
+CODED_INTEGER = PackedKind(paged_decode.INTEGERS.value, paged_decode.CODES.value)
 FP8 = PackedKind(paged_decode.E4M3.value, paged_decode.TOKENS.value)
 MXFP8 = PackedKind(paged_decode.E4M3.value, paged_decode.POWERS.value)

@@ -1,8 +1,8 @@
 """The order of a packed page's bytes on a GPU, by format and role: how it is made on arrival, and undone.
 
 Read as they came, in fragment order: `tt_bfp8_b`, `mxint8`, `int8`, `mxfp8_e4m3` and the FP8 family. Read as the
-block-float integers that they exactly are, at 8.5 bits: `tt_bfp4_b`, `tt_bfp2_b`, `mxfp4`. `bf16` is read as plain
-pages are. What is left (`nvfp4`, `int4`) has no order here: it becomes BF16 on arrival.
+integers that they exactly are, at 8.5 bits: `tt_bfp4_b`, `tt_bfp2_b`, `mxfp4`, `nvfp4`. `bf16` is read as plain pages
+are. What is left (`int4`) has no order here: it becomes BF16 on arrival.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ import torch
 
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES, BytePage
 from hma_serve.decode.kernels.fragment_order import arrange_plain, restore_plain
-from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, FP8, INTEGER, MXFP8, PackedKind
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, CODED_INTEGER, FP8, INTEGER, MXFP8, PackedKind
 from hma_serve.decode.page_order import PageOrder, Role
 from hma_serve.quant import GROUP_TOKENS
 
-_KINDS = {(False, False): INTEGER, (False, True): BLOCK_FLOAT, (True, False): FP8, (True, True): MXFP8}
+_KINDS = {
+    (False, "tokens"): INTEGER,
+    (False, "powers"): BLOCK_FLOAT,
+    (False, "codes"): CODED_INTEGER,
+    (True, "tokens"): FP8,
+    (True, "powers"): MXFP8,
+}
 
 
 def packed_kind(page_format: str) -> PackedKind | None:
     """What the kernel must be told of a format's pages; None: in memory they are plain pages."""
     page = BYTE_PAGES.get(page_format)
-    return None if page is None else _KINDS[page.floats, page.powers]
+    return None if page is None else _KINDS[page.floats, page.tail]
 
 
 def fragment_page(page_format: str, role: Role, head_dim: int) -> PageOrder:
@@ -42,7 +48,7 @@ class _ByteOrder:
 
     @property
     def page_bytes(self) -> int:
-        return GROUP_TOKENS * self.head_dim + (2 * self.head_dim if self.page.powers else 4 * GROUP_TOKENS)
+        return GROUP_TOKENS * self.head_dim + self.page.tail_bytes(self.head_dim)
 
     def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
         return self.page.arrange(wire, self.keys, self.head_dim)

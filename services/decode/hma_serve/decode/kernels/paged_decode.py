@@ -29,6 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hma_serve.decode.kernels.warp import (
     biased_to_f16,
+    e4m3_scale,
     e4m3_to_bf16,
     int8_to_bf16,
     load_1,
@@ -51,9 +52,14 @@ E4M3 = tl.constexpr(1)
 
 POWERS = tl.constexpr(0)
 TOKENS = tl.constexpr(1)
-"""What scales are: a biased exponent per token and 16 channels, or a float32 per token."""
+CODES = tl.constexpr(2)
+"""What scales are: a biased exponent per token and 16 channels; a float32 per token; or an E4M3 code per token and 16
+channels, and a float32 of the page.
 
-# An E4M3 code read as a BF16 is 2^120 too small; half of that goes to the other operand, half to the result.
+Integers count in 2^-6 under powers and in 2^-4 under codes."""
+
+# An E4M3 code read as a BF16 or a float32 is 2^120 too small; half of that goes to the other operand or to what comes
+# next, half to the result.
 _HALF_OF_120 = tl.constexpr(2.0**60)
 _HALF_OF_120_BF16 = tl.constexpr(0x5D805D80)
 UNIT_WORDS = tl.constexpr(4)
@@ -154,13 +160,18 @@ def _load_half(
         words = words + load_4(key + (half * (4 * D) + pair * 128) + lane * 4, PTX)
     for pair in tl.static_range(GROUPS // 2):
         words = words + load_4(value + (half * (4 * D) + pair * 128) + lane * 4, PTX)
-    if K_SCALES == POWERS:
+    if K_SCALES != TOKENS:
         words = words + load_words(key + (8 * D + half * (D // 4)) + (lane // 4) * (GROUPS // 2), GROUPS // 2, PTX)
+        if K_SCALES == CODES:
+            words = words + load_1(key + (8 * D + D // 2) + lane * 0, PTX)
     else:
         words = words + load_1(key + (8 * D + half * 16) + lane // 4, PTX)
         words = words + load_1(key + (8 * D + half * 16 + 8) + lane // 4, PTX)
     if V_SCALES == POWERS:
         words = words + load_words(value + (8 * D + half * (D // 4)) + (lane % 4) * GROUPS, GROUPS, PTX)
+    elif V_SCALES == CODES:
+        words = words + load_words(value + (8 * D + half * (D // 4)) + (lane // 4) * (GROUPS // 2), GROUPS // 2, PTX)
+        words = words + load_1(value + (8 * D + D // 2) + lane * 0, PTX)
     else:
         words = words + load_1(value + (8 * D + half * 16) + lane // 4, PTX)
         words = words + load_1(value + (8 * D + half * 16 + 8) + lane // 4, PTX)
@@ -195,19 +206,22 @@ def _packed_scores(
         if SCALES == POWERS:
             upper = power_of_two(words[AT + group // 4], group % 4)
             lower = power_of_two(words[AT + (GROUPS + group) // 4], (GROUPS + group) % 4)
+        elif SCALES == CODES:
+            upper = e4m3_scale(words[AT + group // 4], group % 4)
+            lower = e4m3_scale(words[AT + (GROUPS + group) // 4], (GROUPS + group) % 4)
         added = ()
         for tile in tl.static_range(TILES):
             s0, s1, s2, s3 = scores[4 * tile], scores[4 * tile + 1], scores[4 * tile + 2], scores[4 * tile + 3]
             b0, b1 = query[2 * (group * TILES + tile)], query[2 * (group * TILES + tile) + 1]
-            if SCALES == POWERS:
-                c0, c1, c2, c3 = zero, zero, zero, zero
-            else:
+            if SCALES == TOKENS:
                 c0, c1, c2, c3 = s0, s1, s2, s3
+            else:
+                c0, c1, c2, c3 = zero, zero, zero, zero
             if ELEMENTS == INTEGERS:
                 c0, c1, c2, c3 = mma_f16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX)
             else:
                 c0, c1, c2, c3 = mma_bf16(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, PTX)
-            if SCALES == POWERS:
+            if SCALES != TOKENS:
                 c0, c1, c2, c3 = s0 + c0 * upper, s1 + c1 * upper, s2 + c2 * lower, s3 + c3 * lower
             added = added + (c0, c1, c2, c3)
         scores = added
@@ -218,6 +232,12 @@ def _packed_scores(
         for tile in tl.static_range(TILES):
             scaled = scaled + (scores[4 * tile] * upper, scores[4 * tile + 1] * upper)
             scaled = scaled + (scores[4 * tile + 2] * lower, scores[4 * tile + 3] * lower)
+        scores = scaled
+    elif SCALES == CODES:
+        page = words[AT + GROUPS // 2].to(tl.float32, bitcast=True)
+        scaled = ()
+        for at in tl.static_range(4 * TILES):
+            scaled = scaled + (scores[at] * _HALF_OF_120 * page,)
         scores = scaled
     return scores
 
@@ -247,8 +267,15 @@ def _packed_values(
         if SCALES == POWERS:
             near = powers_of_two_bf16(words[AT + group], False, PTX)
             far = powers_of_two_bf16(words[AT + group], True, PTX)
+        elif SCALES == CODES:
+            near = e4m3_scale(words[AT + group // 4], group % 4)
+            far = e4m3_scale(words[AT + (GROUPS + group) // 4], (GROUPS + group) % 4)
         for tile in tl.static_range(TILES):
-            b0, b1 = weights[2 * tile], weights[2 * tile + 1]
+            if SCALES == CODES:
+                p0, p1, p2, p3 = weights[4 * tile], weights[4 * tile + 1], weights[4 * tile + 2], weights[4 * tile + 3]
+                b0, b1 = _operand(p0 * near, p1 * near, p2 * far, p3 * far, PTX)
+            else:
+                b0, b1 = weights[2 * tile], weights[2 * tile + 1]
             if SCALES == POWERS:
                 b0, b1 = multiply_bf16(b0, near, PTX), multiply_bf16(b1, far, PTX)
             added = added + _into(a0, a1, a2, a3, b0, b1, sums, group * TILES + tile, PTX)
@@ -315,10 +342,28 @@ def _plain_values(page, half, lane, left, weights, sums, D: tl.constexpr, TILES:
 
 
 @triton.jit
-def _weights(scores, upper, lower, maxima, totals, sums, GROUPS: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr):
-    """From scores (base 2) to probabilities, times their tokens' factors, as a right operand: two registers a tile.
+def _operand(p0, p1, p2, p3, PTX: tl.constexpr):
+    """Probabilities, rounded, as a right operand."""
+    return transpose(pack_bf16(p0, p1, PTX), PTX), transpose(pack_bf16(p2, p3, PTX), PTX)
 
-    Moves maxima, totals and sums to the new maxima.
+
+@triton.jit
+def _weights(
+    scores,
+    upper,
+    lower,
+    maxima,
+    totals,
+    sums,
+    GROUPS: tl.constexpr,
+    TILES: tl.constexpr,
+    SCALES: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """From scores (base 2) to probabilities, times their tokens' factors.
+
+    As a right operand, two registers a tile; or four in float32, where each group has factors of its own that are no
+    powers of two, so that nothing is rounded twice. Moves maxima, totals and sums to the new maxima.
     """
     weights = ()
     tops = ()
@@ -331,10 +376,10 @@ def _weights(scores, upper, lower, maxima, totals, sums, GROUPS: tl.constexpr, T
         n1 = tl.maximum(m1, max_over_rows(tl.maximum(s1, s3), PTX))
         r0, r1 = tl.exp2(m0 - n0), tl.exp2(m1 - n1)
         p0, p1, p2, p3 = tl.exp2(s0 - n0), tl.exp2(s1 - n1), tl.exp2(s2 - n0), tl.exp2(s3 - n1)
-        weights = weights + (
-            transpose(pack_bf16(p0 * upper, p1 * upper, PTX), PTX),
-            transpose(pack_bf16(p2 * lower, p3 * lower, PTX), PTX),
-        )
+        if SCALES == CODES:
+            weights = weights + (p0 * upper, p1 * upper, p2 * lower, p3 * lower)
+        else:
+            weights = weights + _operand(p0 * upper, p1 * upper, p2 * lower, p3 * lower, PTX)
         tops = tops + (n0, n1)
         masses = masses + (totals[2 * tile] * r0 + (p0 + p2), totals[2 * tile + 1] * r1 + (p1 + p3))
         ratios = ratios + (r0, r1)
@@ -365,7 +410,7 @@ def _packed_half(
     """16 packed tokens, loaded before."""
     GROUPS: tl.constexpr = D // 16
     K_AT: tl.constexpr = 4 * GROUPS
-    V_AT: tl.constexpr = K_AT + (GROUPS // 2 if K_SCALES == POWERS else 2)
+    V_AT: tl.constexpr = K_AT + (2 if K_SCALES == TOKENS else GROUPS // 2 + (1 if K_SCALES == CODES else 0))
     raw = _packed_scores(words, query, D, TILES, K_ELEMENTS, K_SCALES, K_AT, PTX)
     scores = ()
     for tile in tl.static_range(TILES):
@@ -377,10 +422,13 @@ def _packed_half(
     if V_SCALES == TOKENS:
         upper = words[V_AT].to(tl.float32, bitcast=True)
         lower = words[V_AT + 1].to(tl.float32, bitcast=True)
-    if V_ELEMENTS == E4M3:
+    elif V_SCALES == CODES:
+        upper = words[V_AT + GROUPS // 2].to(tl.float32, bitcast=True)
+        lower = upper
+    if V_ELEMENTS == E4M3 or V_SCALES == CODES:
         upper = upper * _HALF_OF_120
         lower = lower * _HALF_OF_120
-    weights, maxima, totals, sums = _weights(scores, upper, lower, maxima, totals, sums, GROUPS, TILES, PTX)
+    weights, maxima, totals, sums = _weights(scores, upper, lower, maxima, totals, sums, GROUPS, TILES, V_SCALES, PTX)
     sums = _packed_values(words, weights, sums, D, TILES, V_ELEMENTS, V_SCALES, V_AT, PTX)
     return maxima, totals, sums
 
@@ -510,8 +558,10 @@ def attend(
     GROUPS: tl.constexpr = D // 16
     COLUMNS: tl.constexpr = QUERIES * G
     TILES: tl.constexpr = (COLUMNS + 7) // 8
-    K_FACTOR: tl.constexpr = _HALF_OF_120 if K_ELEMENTS == E4M3 else 0.015625 if K_SCALES == POWERS else 1.0
-    V_FACTOR: tl.constexpr = _HALF_OF_120 if V_ELEMENTS == E4M3 else 0.015625 if V_SCALES == POWERS else 1.0
+    K_INTEGER: tl.constexpr = 2.0**-6 if K_SCALES == POWERS else 2.0**56 if K_SCALES == CODES else 1.0
+    V_INTEGER: tl.constexpr = 2.0**-6 if V_SCALES == POWERS else 2.0**56 if V_SCALES == CODES else 1.0
+    K_FACTOR: tl.constexpr = _HALF_OF_120 if K_ELEMENTS == E4M3 else K_INTEGER
+    V_FACTOR: tl.constexpr = _HALF_OF_120 if V_ELEMENTS == E4M3 else V_INTEGER
     lane = tl.arange(0, 32)
     program = tl.program_id(0)
     unit = tl.load(BEGIN + program)
@@ -592,7 +642,7 @@ def attend(
                         token = p * 32 + half * 16 + lane // 4
                         scores = _seen(scores, token, length, lane, written, scale, G, QUERIES, TILES)
                         weights, maxima, totals, sums = _weights(
-                            scores, 1.0, 1.0, maxima, totals, sums, GROUPS, TILES, PTX
+                            scores, 1.0, 1.0, maxima, totals, sums, GROUPS, TILES, POWERS, PTX
                         )
                         left = written - p * 32 - half * 16
                         sums = _plain_values(vp, half, lane, left, weights, sums, D, TILES, PTX)

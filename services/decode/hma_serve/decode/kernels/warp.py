@@ -218,6 +218,16 @@ def power_of_two(x, BYTE: tl.constexpr):
 
 
 @triton.jit
+def e4m3_scale(x, BYTE: tl.constexpr):
+    """Float32 of a positive E4M3 code in one of four bytes, times 2^-120, exact: only the bits move."""
+    if BYTE == 3:
+        bits = x >> 4
+    else:
+        bits = x << (20 - 8 * BYTE)
+    return (bits & 0x07F00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def powers_of_two_bf16(x, HIGH: tl.constexpr, PTX: tl.constexpr):
     """BF16 2^(E - 127) of two of four bytes, the low or the high two, in one register."""
     if PTX:
