@@ -15,7 +15,7 @@ import pytest
 from hma_serve.cli.certs import main as certs
 from hma_serve.core.errors import InvalidArgument, Unavailable
 from hma_serve.decode.config import build_parser, config_of
-from hma_serve.v1 import decode_pb2
+from hma_serve.v1 import decode_pb2, worker_pb2
 from support.cluster import alive, descendants, running_cluster
 from support.decode_worker import (
     HEAD_DIM,
@@ -134,10 +134,12 @@ async def test_a_worker_that_loses_a_receiver_finishes_what_runs_and_leaves(chec
             call = client.decode.Generate(client.request(prompt(5), max_tokens=400), timeout=60)
             assert (await first(call)).HasField("ticket")
             os.kill(receivers(broken)[1], signal.SIGKILL)
-            assert len(emitted(await rest(call))) == 400
+            await client.load(lambda load: load.state == worker_pb2.WORKER_STATE_DRAINING)
             error = await refusal(client.decode.Generate(client.request(prompt(5)), timeout=20).read())
             assert isinstance(error, Unavailable)
+            assert len(emitted(await rest(call))) == 400
         assert broken.process.wait(20) not in (0, None)
+        broken.drainer.join(5)
         assert "a receiver of KV is gone" in "".join(broken.lines)
         assert not any(map(alive, processes))
 
