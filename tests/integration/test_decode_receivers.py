@@ -21,14 +21,13 @@ from support.decode_worker import (
     HEAD_DIM,
     KV_HEADS,
     LAYERS,
-    VOCAB,
-    WINDOW,
     Client,
     Worker,
     by_transformers,
     connected,
     emitted,
     first,
+    make_checkpoint,
     packed_kv,
     prompt,
     refusal,
@@ -36,22 +35,13 @@ from support.decode_worker import (
     rest,
     running_worker,
 )
-from support.tiny_qwen3 import make_tiny_checkpoint
 
 RECEIVERS = 2
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "tiny",
-        layers=LAYERS,
-        heads=8,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab=VOCAB,
-        max_position_embeddings=WINDOW,
-    )
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(scope="module")

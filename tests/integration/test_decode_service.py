@@ -49,6 +49,7 @@ from support.decode_worker import (
     connected,
     emitted,
     first,
+    make_checkpoint,
     prompt,
     refusal,
     refused_push,
@@ -56,20 +57,11 @@ from support.decode_worker import (
     running_worker,
 )
 from support.reference import reference_generate
-from support.tiny_qwen3 import make_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "tiny",
-        layers=LAYERS,
-        heads=8,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab=VOCAB,
-        max_position_embeddings=WINDOW,
-    )
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 @pytest.fixture(scope="module")

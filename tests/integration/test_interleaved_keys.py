@@ -17,20 +17,16 @@ from hma_serve.v1.kv_block_pb2 import (
 )
 from support.decode_worker import (
     HEAD_DIM,
-    KV_HEADS,
-    LAYERS,
     ROPE,
-    VOCAB,
-    WINDOW,
     by_transformers,
     connected,
     emitted,
     first,
+    make_checkpoint,
     prompt,
     rest,
     running_worker,
 )
-from support.tiny_qwen3 import make_tiny_checkpoint
 
 
 def _turned(frames: list[bytes]) -> list[bytes]:
@@ -49,15 +45,7 @@ def _turned(frames: list[bytes]) -> list[bytes]:
 
 @pytest.mark.parametrize("mode", ["fused", "materialise"])
 async def test_interleaved_and_half_split_keys_give_the_same_tokens(tmp_path: Path, mode: str) -> None:
-    checkpoint = make_tiny_checkpoint(
-        tmp_path / "tiny",
-        layers=LAYERS,
-        heads=8,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab=VOCAB,
-        max_position_embeddings=WINDOW,
-    )
+    checkpoint = make_checkpoint(tmp_path / "tiny")
     tokens = prompt(140)
     interleaved = KvRope(pairing=KV_ROPE_PAIRING_INTERLEAVED, theta=ROPE.theta)
     with running_worker(checkpoint, "--kv-mode", mode) as worker:

@@ -25,17 +25,15 @@ from support.decode_worker import (
     HEAD_DIM,
     KV_HEADS,
     LAYERS,
-    VOCAB,
-    WINDOW,
     connected,
     first,
+    make_checkpoint,
     prompt,
     refusal,
     refused_push,
     running_worker,
 )
 from support.reference import reference_generate
-from support.tiny_qwen3 import make_tiny_checkpoint
 
 TEXT = Path(__file__).parents[1] / "golden" / "text" / "sample.txt"
 NEW_TOKENS = 12
@@ -94,15 +92,7 @@ def test_greedy_tokens_with_offsets_equal_those_without(tmp_path: Path, mode: st
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "tiny",
-        layers=LAYERS,
-        heads=8,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab=VOCAB,
-        max_position_embeddings=WINDOW,
-    )
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 def a_table(value: float) -> OffsetTable:

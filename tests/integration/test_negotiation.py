@@ -35,11 +35,10 @@ from support.decode_worker import (
     KV_HEADS,
     LAYERS,
     THETA,
-    VOCAB,
-    WINDOW,
     connected,
     emitted,
     first,
+    make_checkpoint,
     prompt,
     refusal,
     rest,
@@ -54,15 +53,7 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "tiny",
-        layers=LAYERS,
-        heads=8,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        vocab=VOCAB,
-        max_position_embeddings=WINDOW,
-    )
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 def metric(cluster: Cluster, role: str, name: str) -> float:

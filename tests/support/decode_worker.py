@@ -37,6 +37,7 @@ from hma_serve.v1 import (
 )
 from support.cluster import descendants
 from support.reference import reference_packed_kv
+from support.tiny_qwen3 import make_tiny_checkpoint
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCAB, WINDOW, MAX_RUNNING = 3, 2, 32, 320, 1024, 6
 THETA = 10000.0
@@ -72,6 +73,19 @@ class Worker:
     def engine_pid(self) -> int:
         (pid,) = descendants(self.process.pid)
         return pid
+
+
+def make_checkpoint(directory: Path) -> Path:
+    """Writes the model that the workers here serve."""
+    return make_tiny_checkpoint(
+        directory,
+        layers=LAYERS,
+        heads=8,
+        kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        vocab=VOCAB,
+        max_position_embeddings=WINDOW,
+    )
 
 
 @contextlib.contextmanager
