@@ -11,7 +11,8 @@ import triton
 
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.decode.kernels.page_kinds import PackedKind
-from hma_serve.decode.kernels.paged_decode import attend, merge, number_pages
+from hma_serve.decode.kernels.page_sharing import merge, number_pages
+from hma_serve.decode.kernels.paged_decode import attend
 
 HEADS_AT_ONCE: Final = 8
 """Query heads of a KV head at most: the columns of one tensor-core product."""

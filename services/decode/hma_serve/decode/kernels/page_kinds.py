@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hma_serve.decode.kernels import paged_decode
+from hma_serve.decode.kernels import half_page
 
 
 @dataclass(frozen=True, slots=True)
 class PackedKind:
-    """Constants of `hma_serve.decode.kernels.paged_decode`.
+    """Constants of `hma_serve.decode.kernels.half_page`.
 
     Attributes:
         elements: Integers, or E4M3 codes.
@@ -21,8 +21,8 @@ class PackedKind:
     scales: int
 
 
-BLOCK_FLOAT = PackedKind(paged_decode.INTEGERS.value, paged_decode.POWERS.value)
-INTEGER = PackedKind(paged_decode.INTEGERS.value, paged_decode.TOKENS.value)
-CODED_INTEGER = PackedKind(paged_decode.INTEGERS.value, paged_decode.CODES.value)
-FP8 = PackedKind(paged_decode.E4M3.value, paged_decode.TOKENS.value)
-MXFP8 = PackedKind(paged_decode.E4M3.value, paged_decode.POWERS.value)
+BLOCK_FLOAT = PackedKind(half_page.INTEGERS.value, half_page.POWERS.value)
+INTEGER = PackedKind(half_page.INTEGERS.value, half_page.TOKENS.value)
+CODED_INTEGER = PackedKind(half_page.INTEGERS.value, half_page.CODES.value)
+FP8 = PackedKind(half_page.E4M3.value, half_page.TOKENS.value)
+MXFP8 = PackedKind(half_page.E4M3.value, half_page.POWERS.value)

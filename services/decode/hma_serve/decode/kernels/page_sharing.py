@@ -1,0 +1,176 @@
+"""How pages are shared among programs of `attend`, and how what they found of a shared pair becomes its output.
+
+All pages of all rows and heads are numbered in one line (row, then KV head, then page), and every program takes an
+equal stretch of it, give or take one: `number_pages`. A *pair* is a (row, KV head). A program whose stretch covers only
+some of a pair's pages leaves a *part*: maxima, masses and weighted values. Parts of a pair are added by their
+log-sum-exp: by `merge`, a launch behind `attend`, or by the last program to leave one (`fold`).
+
+`attend` says what the tensors hold.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hma_serve.decode.kernels.half_page import NOTHING
+
+
+@triton.jit(do_not_specialize=["rows", "programs", "least", "kind"])
+def number_pages(
+    LENGTH,
+    MORE,
+    KIND,  # int32 [rows]
+    FIRST,
+    BEGIN,
+    ROW,
+    SHARED,
+    rows,
+    programs,
+    least,  # pages of a program at least
+    kind,  # rows of other kinds count as empty
+    KV: tl.constexpr,
+    ROWS: tl.constexpr,  # a power of two, at least rows
+    CHUNK: tl.constexpr,
+):
+    """Cuts all pages into stretches; a chunk of programs and of (row, KV head) pairs a program of this kernel."""
+    line = tl.arange(0, ROWS)
+    length = tl.load(LENGTH + line, mask=line < rows, other=0)
+    more = tl.load(MORE + line, mask=line < rows, other=0)
+    mine = tl.load(KIND + line, mask=line < rows, other=-1) == kind
+    pages = tl.where(mine & (more >= 0), tl.cdiv(length + more, 32), 0)
+    after = tl.cumsum(pages, 0)
+    if tl.program_id(0) == 0:
+        tl.store(FIRST, 0)
+        tl.store(FIRST + 1 + line, after, mask=line < rows)
+    units = tl.sum(pages, 0).to(tl.int64) * KV
+    busy = tl.maximum(tl.minimum(programs.to(tl.int64), units // least), 1)
+    program = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    begin = tl.minimum(program * units // busy, units).to(tl.int32)
+    tl.store(BEGIN + program, begin, mask=program <= programs)
+    row = tl.sum((after[None, :] <= (begin // KV)[:, None]).to(tl.int32), 1)
+    tl.store(ROW + program, row, mask=program < programs)
+    # Of pairs: the program whose stretch holds unit u is the largest i with i * units // busy <= u.
+    mine = (program // KV)[:, None] == line[None, :]
+    count = tl.sum(tl.where(mine, pages[None, :], 0), 1)
+    start = (tl.sum(tl.where(mine, (after - pages)[None, :], 0), 1) * KV + program % KV * count).to(tl.int64)
+    shared = SHARED + program
+    first = ((start + 1) * busy - 1) // tl.maximum(units, 1)
+    last = ((start + tl.maximum(count, 1)) * busy - 1) // tl.maximum(units, 1)
+    tl.store(shared, first.to(tl.int32), mask=program < rows * KV)
+    tl.store(shared + rows * KV, tl.where(count > 0, last, first).to(tl.int32), mask=program < rows * KV)
+
+
+@triton.jit
+def merge(
+    SHARED,  # int32 [2, rows, KV]: the first and the last program of a pair
+    MORE,
+    OUT,
+    PART,
+    PART_ML,
+    KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    FOLD: tl.constexpr,
+    PARTS: tl.constexpr,  # looked at together
+    CHANNELS: tl.constexpr,  # of a program
+    PTX: tl.constexpr,
+):
+    """Some channels of one (row, head) of the output, if several programs of `attend` left it to this one."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    column = head % G
+    pair = row * KV + head // G
+    if QUERIES > 1:
+        before = tl.maximum(-tl.load(MORE + row), 0)
+        column += before * G
+        pair -= before * KV
+    begin = tl.load(SHARED + pair)
+    last = tl.load(SHARED + tl.num_programs(0) * KV + pair)
+    if PTX:
+        gdc_launch_dependents()
+        gdc_wait()
+    if last - begin >= FOLD:
+        channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+        only = column + tl.arange(0, 1)
+        result = _merged(PART, PART_ML, begin, last, only, only >= 0, channel, D, QUERIES * G, PARTS)
+        result = tl.reshape(result, (CHANNELS,))
+        tl.store(OUT + (row * KV * G + head) * D + channel, result.to(OUT.dtype.element_ty))
+
+
+@triton.jit
+def fold(
+    OUT,
+    PART,
+    PART_ML,
+    begin,
+    last,
+    row,
+    head,
+    columns,
+    KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """`merge` of a whole pair by one warp: two parts of four columns at once, which its registers hold."""
+    CHANNELS: tl.constexpr = D & -D
+    for start in range(0, columns, 4):
+        column = start + tl.arange(0, 4)
+        wanted = column < columns
+        for first in tl.static_range(0, D, CHANNELS):
+            channel = first + tl.arange(0, CHANNELS)
+            result = _merged(PART, PART_ML, begin, last, column, wanted, channel, D, QUERIES * G, 2)
+            place = column_place(column, row, head, KV, G, QUERIES)[:, None] * D + channel[None, :]
+            tl.store(OUT + place, result.to(OUT.dtype.element_ty), mask=wanted[:, None])
+
+
+@triton.jit
+def _merged(
+    PART,
+    PART_ML,
+    begin,
+    last,
+    column,
+    wanted,
+    channel,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,  # looked at together
+):
+    """What a pair's programs from `begin` to `last` found, of some of its wanted columns and some channels."""
+    PADDED: tl.constexpr = (COLUMNS + 7) // 8 * 8
+    line = tl.arange(0, PARTS)[:, None]
+    top = tl.full([PARTS, column.shape[0]], NOTHING, tl.float32)
+    total = tl.zeros([PARTS, column.shape[0]], tl.float32)
+    sums = tl.zeros([PARTS, column.shape[0], channel.shape[0]], tl.float32)
+    for i in range(begin, last + 1, PARTS):
+        program = i + line
+        there = (program <= last) & wanted[None, :]
+        # Only the first of the pair's programs began it: its part is the one for that.
+        part = 2 * program + (program == begin).to(tl.int32)
+        masses = PART_ML + part * (2 * PADDED) + column[None, :]
+        m = tl.load(masses, mask=there, other=NOTHING)
+        # What is not there weighs nothing beside the smallest score of what is.
+        mass = tl.load(masses + PADDED, mask=there, other=1.0)
+        at = (part * COLUMNS + column[None, :])[:, :, None] * D + channel[None, None, :]
+        o = tl.load(PART + at, mask=there[:, :, None], other=0.0)
+        new = tl.maximum(top, m)
+        old, now = tl.exp2(top - new), tl.exp2(m - new)
+        total = total * old + mass * now
+        sums = sums * old[:, :, None] + o * now[:, :, None]
+        top = new
+    weight = tl.exp2(top - tl.max(top, 0)[None, :])
+    return tl.sum(sums * weight[:, :, None], 0) / tl.sum(total * weight, 0)[:, None]
+
+
+@triton.jit
+def column_place(column, row, head, KV: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr):
+    """Where a block's column stands among [rows, heads]: heads of its first token, then of the next."""
+    if QUERIES == 1:
+        place = (row * KV + head) * G + column
+    else:
+        place = ((row + column // G) * KV + head) * G + column % G
+    return place
