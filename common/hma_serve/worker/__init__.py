@@ -7,7 +7,7 @@ the order in which a process begins and ends are here, once.
 from hma_serve.worker.drain import Drain, DrainResult
 from hma_serve.worker.front import WorkerFront
 from hma_serve.worker.help_text import DefaultsHelpFormatter
-from hma_serve.worker.host_memory import available_memory
+from hma_serve.worker.host import available_memory, default_threads
 from hma_serve.worker.lifecycle import Worker, run_worker
 from hma_serve.worker.load import WatchedLoad
 from hma_serve.worker.place import (
@@ -16,7 +16,6 @@ from hma_serve.worker.place import (
     add_place_arguments,
     add_tls_argument,
     advertised_address,
-    default_threads,
     etcd_tls,
     registry_of,
     require_at_least,

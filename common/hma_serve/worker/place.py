@@ -231,8 +231,3 @@ def etcd_tls(tls: TlsConfig | None, directory: Path | None = None) -> Tls | None
 def registry_of(text: str) -> str | None:
     """The value of `--etcd`, None where it says that there is none."""
     return None if text in ("", "none") else text
-
-
-def default_threads() -> int:
-    """Half of the cores that this process may use, at least one."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)

@@ -1,7 +1,8 @@
-"""What this machine, or the container it is in, has left of its memory."""
+"""What this machine, or the container it is in, gives this process: memory and cores."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -12,6 +13,19 @@ _NO_LIMIT = 1 << 62
 def available_memory() -> int:
     """Bytes that can be taken without swapping or being killed, as the kernel estimates them."""
     return min(_of_the_machine(), _of_the_container())
+
+
+def default_threads() -> int:
+    """Half of the cores that this process may use, at least one."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), _cores_of_the_container())) // 2)
+
+
+def _cores_of_the_container() -> float:
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return float(quota) / float(period) if quota != "max" else math.inf
+    except (OSError, ValueError):
+        return math.inf
 
 
 def _of_the_machine() -> int:
