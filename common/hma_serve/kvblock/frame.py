@@ -60,7 +60,7 @@ def align_payload(header: PushHeader, payload_bytes: int) -> None:
     """
     header.ClearField("padding")
     bare = header.ByteSize()
-    for padding in (0, *range(1, _ALIGNMENT + 1)):
+    for padding in range(_ALIGNMENT + 1):
         size = bare + (_PADDING_FIELD_BYTES + padding if padding else 0)
         if (2 + len(varint(size)) + size + len(varint(payload_bytes))) % _ALIGNMENT == 0:
             header.padding = bytes(padding)

@@ -12,7 +12,6 @@ import logging
 from dataclasses import dataclass
 
 from hma_serve.core.errors import InvalidArgument
-from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, readable_bytes, weight_bytes, workspace_bytes
 from hma_serve.prefill.config import PrefillConfig
 from hma_serve.prefill.served_model import ServedModel
@@ -67,13 +66,12 @@ def decide_capacity(config: PrefillConfig, model: ServedModel, available: int) -
     slots = config.max_running * config.layers_ahead * layout.layer_bytes(min(config.chunk_tokens, model.max_tokens))
     workspace = workspace_bytes(shape, itemsize, tokens=min(config.chunk_tokens, most)) + slots
     left = max(0, available - weights - workspace)
-    token = layout.layers * layout.layer_bytes(GROUP_TOKENS) // GROUP_TOKENS
-    tokens = config.kv_capacity_tokens or max(model.max_tokens, min(most, left // 2 // token))
+    tokens = config.kv_capacity_tokens or max(model.max_tokens, min(most, left // 2 // layout.token_bytes))
     cache = _prefix_cache_bytes(config, left)
     decoded = min(_DECODED_BYTES, left // 4, tokens * shape.kv_elements_per_token * itemsize)
     plan = MemoryPlan(
         weights=weights,
-        kv=tokens * token + cache + decoded,
+        kv=tokens * layout.token_bytes + cache + decoded,
         workspace=workspace,
         available=available,
         device="this machine",

@@ -42,6 +42,11 @@ class KvLayout:
         sizes = [codec(name).group_bytes(model.head_dim) for name in (profile.k_codec, profile.v_codec)]
         return cls(model.num_layers, model.num_kv_heads, (sizes[0], sizes[1]))
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.layers * self.layer_bytes(GROUP_TOKENS) // GROUP_TOKENS
+
     def layer_bytes(self, tokens: int, heads: int | None = None) -> int:
         """Bytes of one layer's keys and values for whole groups of tokens, all heads unless `heads` says otherwise."""
         return tokens // GROUP_TOKENS * (self.heads if heads is None else heads) * sum(self.group_bytes)

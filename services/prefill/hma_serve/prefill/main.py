@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 from hma_serve.core.errors import HmaError
-from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.worker import DeviceInfo, KvSupport, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
 from hma_serve.ipc import Arena, EngineProcess, spawn_engine
@@ -84,7 +83,7 @@ class _Worker:
         layout = model.layout
         self._load.expect(
             chunk_tokens=config.chunk_tokens,
-            bytes_per_token=layout.layers * layout.layer_bytes(GROUP_TOKENS) // GROUP_TOKENS,
+            bytes_per_token=layout.token_bytes,
             layers=layout.layers,
         )
         arena = stack.enter_context(_arena(config, model))

@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, workspace_bytes
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import tensor_shapes
@@ -57,5 +56,4 @@ def gpu_memory_plan(model: ModelConfig, weight_format: str, available: int, devi
 
 def kv_tokens(layout: KvLayout, left: int) -> int:
     """Tokens of packed KV that fit bytes of which the allocator's rounding takes a little."""
-    token = layout.layers * layout.layer_bytes(GROUP_TOKENS) // GROUP_TOKENS
-    return left * 19 // 20 // token
+    return left * 19 // 20 // layout.token_bytes
