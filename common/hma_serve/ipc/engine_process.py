@@ -17,12 +17,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from hma_serve.core.errors import HmaError
 from hma_serve.ipc.arena import Arena
 from hma_serve.ipc.link import AsyncLink, SyncLink
 
@@ -49,8 +50,18 @@ class EngineProcess(Generic[Received]):
         """Waits for the engine's end; its exit status, negative for a signal."""
         return await self.process.wait()
 
-    async def watch(self, timeout: float) -> None:
-        """Kills the engine if its loop stands still for `timeout` seconds, so that it ends like one that crashed."""
+    async def watch(self, loaded: Callable[[], Awaitable[object]], timeout: float) -> None:
+        """Kills the engine if its loop stands still for `timeout` seconds, so that it ends like one that crashed.
+
+        Args:
+            loaded: Waits until the engine has loaded, before which it may stand still for as long as it takes; an
+                `HmaError` says that it ends by itself.
+            timeout: Seconds.
+        """
+        try:
+            await loaded()
+        except HmaError:
+            return
         await self.link.stuck(timeout)
         if self.process.returncode is not None:
             return

@@ -26,7 +26,7 @@ from hma_serve.decode.receiver import Receiver, ReceiverParts
 from hma_serve.decode.receivers import EngineSockets, MetricsTally, running_receivers
 from hma_serve.decode.served_model import ServedModel, read_served_model
 from hma_serve.internal.v1 import decode_engine_pb2
-from hma_serve.ipc import Arena, EngineProcess, SlotPool, spawn_engine
+from hma_serve.ipc import Arena, SlotPool, spawn_engine
 from hma_serve.kvblock import MAX_MESSAGE_BYTES
 from hma_serve.rpc import GrpcServer, tune_allocator
 from hma_serve.telemetry.logs import setup_logging
@@ -169,7 +169,7 @@ class _Worker:
         )
         client = EngineClient(process.link, slots, on_load=self._take_load, places=1 + config.receivers)
         end = asyncio.create_task(client.run())
-        watch = asyncio.create_task(_watch(client, process, config.engine_timeout))
+        watch = asyncio.create_task(process.watch(client.ready, config.engine_timeout))
         try:
             yield client, end
         finally:
@@ -219,15 +219,6 @@ def _kv_capacity(config: DecodeConfig, model: ServedModel) -> int:
     _log.info("memory: %s", plan)
     plan.check("choose a smaller model or lower --kv-capacity-tokens")
     return capacity
-
-
-async def _watch(
-    client: EngineClient, process: EngineProcess[decode_engine_pb2.DecodeEngineEvent], limit: float
-) -> None:
-    """While it loads an engine may stand still for as long as it takes."""
-    with contextlib.suppress(HmaError):
-        await client.ready()
-        await process.watch(limit)
 
 
 async def _first_end(engine: asyncio.Task[HmaError], receivers: asyncio.Task[HmaError]) -> HmaError:

@@ -17,7 +17,7 @@ from functools import partial
 from hma_serve.core.errors import HmaError
 from hma_serve.core.worker import DeviceInfo, KvSupport, WorkerInfo, WorkerLimits, WorkerRole
 from hma_serve.internal.v1 import prefill_engine_pb2
-from hma_serve.ipc import Arena, EngineProcess, spawn_engine
+from hma_serve.ipc import Arena, spawn_engine
 from hma_serve.prefill.admission import Admission
 from hma_serve.prefill.capacity import decide_capacity
 from hma_serve.prefill.config import PrefillConfig, build_parser, config_of
@@ -189,22 +189,13 @@ async def _engine(
     process = await spawn_engine(ENGINE_MODULE, argv, receives=prefill_engine_pb2.PrefillEngineEvent, arena=arena)
     client = EngineClient(process)
     end = asyncio.create_task(client.run())
-    watch = asyncio.create_task(_watch(client, process, config.engine_timeout))
+    watch = asyncio.create_task(process.watch(client.ready, config.engine_timeout))
     try:
         yield client, end
     finally:
         watch.cancel()
         await process.stop()
         await end
-
-
-async def _watch(
-    client: EngineClient, process: EngineProcess[prefill_engine_pb2.PrefillEngineEvent], limit: float
-) -> None:
-    """While it loads an engine may stand still for as long as it takes."""
-    with contextlib.suppress(HmaError):
-        await client.ready()
-        await process.watch(limit)
 
 
 def _show_load(metrics: PrefillMetrics, load: Load) -> None:
