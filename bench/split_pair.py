@@ -19,10 +19,10 @@ import grpc.aio
 import numpy as np
 
 from bench.figures import SEED
+from bench.kv_producer import request
 from bench.limited_link import LimitedLink
-from hma_serve.rpc import deadline_in, open_channel
+from hma_serve.rpc import open_channel
 from hma_serve.v1 import (
-    common_pb2,
     decode_pb2,
     decode_pb2_grpc,
     prefill_pb2,
@@ -32,7 +32,6 @@ from hma_serve.v1 import (
 )
 
 _SERVING = re.compile(r"gRPC (\S+), HTTP")
-_SECONDS = 600.0
 _START_SECONDS = 300.0
 _LOG_LINES = 60
 _numbers = itertools.count()
@@ -143,13 +142,13 @@ class Pair:
 
     async def run(self, tokens: int, new_tokens: int = 1) -> Passage:
         """One request of so many packed tokens, none of it seen before."""
-        request = self._request(tokens, new_tokens)
+        wanted = self._request(tokens, new_tokens)
         began = time.perf_counter()
-        generating = self._decode.Generate(request)
+        generating = self._decode.Generate(wanted)
         ticket = (await generating.read()).ticket
         asked = prefill_pb2.PrefillRequest(
-            context=request.context,
-            token_ids=request.prompt_token_ids[:tokens],
+            context=wanted.context,
+            token_ids=wanted.prompt_token_ids[:tokens],
             ticket=ticket.nonce,
             decode_address=self._link.address if self._link else ticket.push_address,
         )
@@ -189,16 +188,8 @@ class Pair:
             producer_instance=self._info.instance,
             profile=self._info.profile,
         )
-        return decode_pb2.DecodeGenerateRequest(
-            context=common_pb2.RequestContext(
-                request_id=f"bench-{number}", epoch=1, deadline=deadline_in(_SECONDS), tenant=f"tenant {number}"
-            ),
-            prompt_token_ids=[int(token) for token in drawn],
-            packed_tokens=packed,
-            offer=offer,
-            sampling=common_pb2.SamplingParams(temperature=0.0),
-            stop=common_pb2.StopConditions(max_tokens=new_tokens, ignore_eos=True),
-        )
+        prompt = [int(token) for token in drawn]
+        return request(prompt, new_tokens, packed, offer, f"tenant {number}")
 
     async def _used(self, settled: Callable[[int], bool]) -> int:
         call = self._load.WatchLoad(worker_pb2.WatchLoadRequest())
