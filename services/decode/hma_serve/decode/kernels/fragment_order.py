@@ -11,7 +11,8 @@ for what a lane holds of such an operand). A *group* is 16 channels.
     E4M3 scales      as exponents of K, K and V alike; a float32 of the page behind them, four times
     token scales     float32 [32], K and V alike
 
-The orders are permutations: nothing is lost, and a page takes as many bytes as on the wire.
+The orders are permutations, so nothing is lost. A page takes as many bytes as on the wire unless its format has
+fewer bits an element or fewer scales there (`byte_pages`).
 """
 
 from __future__ import annotations
