@@ -12,6 +12,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hma_serve.core.error_detail import from_error_detail
 from hma_serve.core.errors import HmaError, Unavailable
@@ -91,25 +92,27 @@ async def running_receivers(
     Raises:
         HmaError: One of them cannot listen.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        processes = []
+    processes: list[EngineProcess[pb.DecodeReceiverEvent]] = []
+    tasks: list[asyncio.Task[Any]] = []
+    try:
         for place, theirs in enumerate(sockets.of_receivers, 1):
             argv = _arguments(config, model, place)
             process = await spawn_engine(
                 RECEIVER_MODULE, argv, receives=pb.DecodeReceiverEvent, arena=arena, sockets={"--engine-fd": [theirs]}
             )
-            stack.push_async_callback(process.stop)
             processes.append(process)
         sockets.close()
         bound = [await _listening(process) for process in processes]
         watching = [asyncio.create_task(_watch(process, tally)) for process in processes]
         end = asyncio.create_task(_first(watching))
-        try:
-            yield Receivers([config.advertised(each) for each in bound], end)
-        finally:
-            for task in (*watching, end):
-                task.cancel()
-            await asyncio.gather(*watching, end, return_exceptions=True)
+        tasks += [*watching, end]
+        yield Receivers([config.advertised(each) for each in bound], end)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # All at once: each may take its time to let go of its streams.
+        await asyncio.gather(*(process.stop() for process in processes))
 
 
 def _arguments(config: DecodeConfig, model: ServedModel, place: int) -> list[str]:
