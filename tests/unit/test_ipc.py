@@ -118,6 +118,25 @@ async def test_each_end_learns_that_the_other_is_gone() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_whoever_receives_when_the_link_is_closed_is_told_so(turns: int) -> None:
+    front, engine = pair()
+    await front.open()
+
+    async def receive_all() -> list[TokenIds]:
+        return [message async for message in front]
+
+    receiving = asyncio.create_task(receive_all())
+    await asyncio.sleep(0)
+    engine.send(TokenIds(ids=[1]))
+    # One of these turns of the loop lies between the arrival of a message and its receipt.
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await front.close()
+    assert await receiving in ([], [TokenIds(ids=[1])])
+    engine.close()
+
+
 async def test_several_links_are_received_together_and_only_the_first_ones_end_counts() -> None:
     fronts, engines = zip(*(pair() for _ in range(3)), strict=True)
     for front in fronts:

@@ -82,12 +82,12 @@ class AsyncLink(Generic[Received]):
         Raises:
             LinkClosed: The other side is gone.
         """
-        if self._writer is None:
-            raise LinkClosed("the link is not open")
         async with self._sending:
+            if (writer := self._writer) is None:
+                raise LinkClosed("the link is not open")
             try:
-                self._writer.write(_frame(message))
-                await self._writer.drain()
+                writer.write(_frame(message))
+                await writer.drain()
             except (ConnectionError, OSError) as exc:
                 raise LinkClosed("the other side is gone") from exc
 
@@ -97,14 +97,15 @@ class AsyncLink(Generic[Received]):
         Raises:
             LinkClosed: The other side is gone; nothing more will come.
         """
-        if self._reader is None:
+        # Ours: `close` takes the link's away, and may come while this waits.
+        if (reader := self._reader) is None:
             raise LinkClosed("the link is not open")
         try:
-            while (head := await self._reader.readexactly(_LENGTH.size)) == _PULSE:
+            while (head := await reader.readexactly(_LENGTH.size)) == _PULSE:
                 self._heard += 1
             length = _checked_length(head)
             self._heard += 1
-            return _parse(self._kind, await self._reader.readexactly(length))
+            return _parse(self._kind, await reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError, OSError) as exc:
             raise LinkClosed("the other side is gone") from exc
 
