@@ -133,6 +133,17 @@ async def test_health_follows_the_server(served: tuple[Failing, grpc.aio.Channel
         assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 
+async def test_a_method_that_is_left_out_is_unimplemented_and_no_bug(
+    served: tuple[Failing, grpc.aio.Channel, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, channel, _ = served
+    call: Any = channel.unary_unary("/grpc.health.v1.Health/List")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert not caplog.records
+
+
 def test_a_deadline_is_absolute_and_absent_when_unset() -> None:
     context = RequestContext(deadline=deadline_in(100))
     left = remaining(context, None)

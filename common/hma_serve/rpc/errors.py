@@ -142,6 +142,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _fail(self, exc: Exception, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         if isinstance(exc, grpc.aio.AbortError):
             raise exc
+        if isinstance(exc, NotImplementedError):
+            # How gRPC's generated servicers leave a method out; its own for health does so with `List`.
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not implemented")
         if not isinstance(exc, HmaError):
             _log.error("%s failed", method, exc_info=exc)
             exc = Internal(f"internal error; the log of the {self._role} says more")
