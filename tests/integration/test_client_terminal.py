@@ -100,6 +100,24 @@ def test_complete_ends_quietly_when_its_reader_has_enough(router: FakeRouter) ->
     assert eventually(lambda: router.service.running == 0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "closing", "sentence"),
+    [
+        (["complete"], "<&-", "no prompt: give one, or pipe one in"),
+        (["complete", "-"], "<&-", "stdin is closed"),
+        (["complete", "hello"], ">&-", "stdout is closed"),
+        (["chat"], "<&-", "stdin is closed"),
+        (["chat"], ">&-", "stdout is closed"),
+    ],
+)
+def test_a_stream_that_the_shell_closed_is_named(arguments: list[str], closing: str, sentence: str) -> None:
+    shell = ["sh", "-c", f'exec "$@" {closing}', "sh", *command(*arguments)]
+    result = subprocess.run(shell, capture_output=True, env=environment(), timeout=PATIENCE, check=False, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].endswith(sentence)
+    assert "Traceback" not in result.stderr
+
+
 def test_complete_names_the_flag_to_change(router: FakeRouter) -> None:
     router.service.failures += [InvalidArgument("1000000 tokens are too many", field="max_tokens")]
     result = run("complete", "--address", router.address, "hello")

@@ -102,6 +102,9 @@ def sampling_options(args: argparse.Namespace) -> Options:
 
 def run(program: str, work: Callable[[], int]) -> int:
     """Does a command's work and turns whatever ends it into a sentence and an exit status."""
+    if sys.stdout is None:
+        print(f"{program}: stdout is closed", file=sys.stderr)
+        return WRONG_REQUEST
     try:
         return work()
     except HmaError as error:

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if sys.stdin is None:
+        parser.error("stdin is closed")
     return run(parser.prog, lambda: converse(args, interactive=sys.stdin.isatty()))
 
 

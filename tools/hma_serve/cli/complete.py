@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.prompt is None and sys.stdin.isatty():
+    if args.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
         parser.error("no prompt: give one, or pipe one in")
     return run(parser.prog, lambda: complete(args))
 
@@ -57,7 +57,9 @@ def complete(args: argparse.Namespace) -> int:
 
 
 def read_stdin() -> str:
-    """The prompt on stdin; raises InvalidArgument when it is not UTF-8."""
+    """The prompt on stdin; raises InvalidArgument when it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise InvalidArgument("stdin is closed")
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as exc:

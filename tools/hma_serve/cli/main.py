@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     try:
         module = importlib.import_module(command.module)
+    except KeyboardInterrupt:
+        return 130
     except ModuleNotFoundError as exc:
         if (exc.name or "").startswith("hma_serve."):
             raise
