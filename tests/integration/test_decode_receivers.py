@@ -167,3 +167,13 @@ def test_receivers_need_an_advertised_host_without_a_port() -> None:
     assert config_of(build_parser().parse_args([*arguments[:3], "decode.example"])).receivers == 2
     with pytest.raises(InvalidArgument, match="at most 16"):
         config_of(build_parser().parse_args(["--receivers", "17"]))
+    with pytest.raises(InvalidArgument, match="--threads must be at most 1024"):
+        config_of(build_parser().parse_args(["--threads", "100000"]))
+
+
+def test_receivers_need_ports_after_the_workers_own() -> None:
+    arguments = ["--receivers", "2", "--listen"]
+    with pytest.raises(InvalidArgument, match="--receivers 2 needs as many ports after 65534"):
+        config_of(build_parser().parse_args([*arguments, "127.0.0.1:65534"]))
+    for listen in ("127.0.0.1:65533", "127.0.0.1:0"):
+        assert config_of(build_parser().parse_args([*arguments, listen])).listen == listen

@@ -207,6 +207,7 @@ def test_the_command_line_becomes_the_configuration(monkeypatch: pytest.MonkeyPa
         ("--max-model-len", "31"),
         ("--kv-capacity-tokens", "1"),
         ("--threads", "0"),
+        ("--threads", "100000"),
         ("--stall-timeout", "nan"),
         ("--registry-ttl", "1"),
         ("--price-per-hour", "-1"),

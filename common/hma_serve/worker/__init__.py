@@ -11,6 +11,7 @@ from hma_serve.worker.host import available_memory, default_threads
 from hma_serve.worker.lifecycle import Worker, run_worker
 from hma_serve.worker.load import WatchedLoad
 from hma_serve.worker.place import (
+    MOST_THREADS,
     PlaceConfig,
     add_etcd_tls_argument,
     add_place_arguments,
@@ -19,10 +20,12 @@ from hma_serve.worker.place import (
     etcd_tls,
     registry_of,
     require_at_least,
+    require_at_most,
 )
 from hma_serve.worker.servicer import WorkerServicer
 
 __all__ = [
+    "MOST_THREADS",
     "DefaultsHelpFormatter",
     "Drain",
     "DrainResult",
@@ -40,5 +43,6 @@ __all__ = [
     "etcd_tls",
     "registry_of",
     "require_at_least",
+    "require_at_most",
     "run_worker",
 ]

@@ -13,6 +13,10 @@ from hma_serve.registry import Tls
 from hma_serve.rpc import CA_FILE, CERTIFICATE_FILE, KEY_FILE, TlsConfig
 
 _ANY_ADDRESS = ("0.0.0.0", "[::]", "")
+_LAST_PORT = 65535
+
+MOST_THREADS = 1024
+"""More than a machine has cores for; far beyond it the operating system starts no more, and the engine dies unheard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,19 @@ class PlaceConfig:
             InvalidArgument: They cannot be read.
         """
         return None if self.tls_dir is None else TlsConfig.in_directory(self.tls_dir)
+
+    def require_ports_after(self, flag: str, count: int) -> None:
+        """Checks that so many ports follow that of `--listen`, which has any if it is 0.
+
+        Raises:
+            InvalidArgument: They do not; names the flag.
+        """
+        port = self.listen.rpartition(":")[2]
+        if port.isdigit() and int(port) and int(port) + count > _LAST_PORT:
+            raise InvalidArgument(
+                f"{flag} {count} needs as many ports after {port}, that of --listen; the last is {_LAST_PORT}",
+                field=flag,
+            )
 
     @property
     def advertises_port(self) -> bool:
@@ -131,6 +148,20 @@ def require_at_least(least: Mapping[str, tuple[float | None, float]]) -> None:
     for flag, (value, minimum) in least.items():
         if value is not None and not value >= minimum:
             raise InvalidArgument(f"{flag} must be at least {minimum}, not {value}", field=flag)
+
+
+def require_at_most(most: Mapping[str, tuple[int, int]]) -> None:
+    """Checks numbers from the command line.
+
+    Args:
+        most: For each flag its value and the largest good one.
+
+    Raises:
+        InvalidArgument: One of them is larger; names the flag.
+    """
+    for flag, (value, maximum) in most.items():
+        if value > maximum:
+            raise InvalidArgument(f"{flag} must be at most {maximum}, not {value}", field=flag)
 
 
 def add_place_arguments(parser: argparse.ArgumentParser, *, listen: str) -> None:

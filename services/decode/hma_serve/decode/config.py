@@ -12,6 +12,7 @@ from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.worker import (
+    MOST_THREADS,
     DefaultsHelpFormatter,
     PlaceConfig,
     add_place_arguments,
@@ -19,6 +20,7 @@ from hma_serve.worker import (
     default_threads,
     registry_of,
     require_at_least,
+    require_at_most,
 )
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -86,10 +88,8 @@ class DecodeConfig(PlaceConfig):
             "--arena-slots": (self.arena_slots, 2),
         }
         require_at_least(least | self.least_of_place)
-        if self.receivers > MOST_RECEIVERS:
-            raise InvalidArgument(
-                f"--receivers must be at most {MOST_RECEIVERS}, not {self.receivers}", field="--receivers"
-            )
+        require_at_most({"--threads": (self.threads, MOST_THREADS), "--receivers": (self.receivers, MOST_RECEIVERS)})
+        self.require_ports_after("--receivers", self.receivers)
         if self.receivers and self.advertises_port:
             raise InvalidArgument(
                 "receivers listen on ports of their own: --advertise must name a host without a port",

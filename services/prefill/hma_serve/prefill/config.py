@@ -9,7 +9,15 @@ from pathlib import Path
 from hma_serve.checkpoint import add_model_arguments
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.groups import GROUP_TOKENS
-from hma_serve.worker import PlaceConfig, add_place_arguments, default_threads, registry_of, require_at_least
+from hma_serve.worker import (
+    MOST_THREADS,
+    PlaceConfig,
+    add_place_arguments,
+    default_threads,
+    registry_of,
+    require_at_least,
+    require_at_most,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,7 @@ class PrefillConfig(PlaceConfig):
             "--resume-timeout": (self.resume_timeout, 0.0),
         }
         require_at_least(least | self.least_of_place)
+        require_at_most({"--threads": (self.threads, MOST_THREADS)})
 
 
 def build_parser() -> argparse.ArgumentParser:
