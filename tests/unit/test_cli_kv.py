@@ -103,6 +103,12 @@ def test_heads_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
         (["calibrate", "--model", "demo", "--profile", "no", "--text", "no", "-o", "o"], b"", 2, "unknown profile"),
         (["calibrate", "--model", "/no", "--profile", "f32", "--text", "no", "-o", "o"], b"", 2, "no checkpoint"),
         (["calibrate", "--model", "demo", "--profile", "f32", "--text", "/no", "-o", "o"], b"", 2, "/no: No such file"),
+        (
+            ["calibrate", "--model", "demo", "--profile", "f32", "--text", "/no", "-o", "/nonexistent/o"],
+            b"",
+            2,
+            "there is no directory /nonexistent",
+        ),
         (["verify", str(GOLDEN / "text")], b"", 2, "neither captures"),
     ],
 )

@@ -56,6 +56,9 @@ def run(args: argparse.Namespace) -> str:
     Raises:
         HmaError: The model, the profile, the text or the output cannot be used; the message says why.
     """
+    if args.output != "-" and not Path(args.output).parent.is_dir():
+        # Before the work, which takes minutes for a large model.
+        raise InvalidArgument(f"there is no directory {Path(args.output).parent} to write to", field="--output")
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     checkpoint = resolve_checkpoint(args.model)
     model, profile = read_model_config(checkpoint), find_profile(args.profile, args.profiles)
