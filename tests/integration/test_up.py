@@ -40,6 +40,23 @@ def test_a_killed_up_takes_its_processes_along(tmp_path: Path) -> None:
         assert survivors(pids, within=20) == []
 
 
+def test_a_reader_that_has_enough_ends_the_cluster_without_a_trace(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("up", "--http-port", "0", "--grpc-port", "0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment() | {"TMPDIR": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith(b"starting")
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == b""
+    assert process.wait(60) == 141
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_child_that_dies_ends_the_cluster_with_a_sentence(tmp_path: Path) -> None:
     with running_cluster(tmp_path) as cluster:
         pids = cluster.children()

@@ -113,9 +113,14 @@ def run(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Python would write the rest once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        return leave_stdout()
+
+
+def leave_stdout() -> int:
+    """Gives up a stdout that nobody reads any more; returns the exit status that says so."""
+    # Python would write the rest once more at exit, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return PIPE_CLOSED
 
 
 def sentence(error: HmaError) -> str:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hma_serve.checkpoint import add_model_arguments, resolve_checkpoint
+from hma_serve.cli.asking import leave_stdout
 from hma_serve.cli.children import Children, describe_end
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument, Unavailable
 from hma_serve.core.worker import WorkerInfo
@@ -196,7 +197,12 @@ def data_directory(chosen: Path | None) -> Iterator[Path]:
             yield chosen
         return
     directory = Path(tempfile.mkdtemp(prefix="hma-serve-"))
-    yield directory
+    try:
+        yield directory
+    except BrokenPipeError:
+        # Nothing failed: whoever reads stdout has enough.
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -433,5 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, on_signal)
     # gRPC's own connection chatter is no news for someone who starts a cluster.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    serve(config, stop, urgent)
+    try:
+        serve(config, stop, urgent)
+    except BrokenPipeError:
+        return leave_stdout()
     return 0
