@@ -47,7 +47,7 @@ class Behaviour:
         refusal: Refuse the stream when it opens.
         refuse_at: ... or instead of acknowledging this block.
         stall_at: Never acknowledge, from this block on.
-        hang_up_at: End the call after this block.
+        hang_up_at: End the call after this block, and each that would resume it.
         silent: Never answer at all.
         deaf: Accept, and read nothing.
         forgets: Know nothing of a stream that is resumed.
@@ -144,6 +144,9 @@ class PushReceiver(grpc.GenericRpcHandler):
     async def _receive(
         self, stream: Received, how: Behaviour, frames: AsyncIterator[bytes]
     ) -> AsyncIterator[pb.PushResponse]:
+        if how.hang_up_at is not None and stream.blocks >= how.hang_up_at:
+            # What has ended in good order is not taken up again; a sender whose write failed first may ask.
+            return
         if how.silent:
             await asyncio.Event().wait()
         if how.refusal is not None and how.refuse_at is None:
