@@ -21,7 +21,8 @@ from hma_serve.prefill import accelerators as accelerators_module
 from hma_serve.prefill import engine_main
 from hma_serve.prefill.accelerators import Accelerator, AcceleratorSpec, KvStore, Segment, open_accelerator
 from hma_serve.prefill.accelerators import cpu as cpu_module
-from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv
+from hma_serve.prefill.accelerators.packed_kv import TensorKv
+from hma_serve.prefill.decoded_budget import DecodedBudget
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
 from hma_serve.prefill.profiles import PROFILES, find_profile
 from support.engine_bench import EngineBench, Packed, joined, make_engine_bench

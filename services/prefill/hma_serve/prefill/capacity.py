@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.memory_plan import MemoryPlan, readable_bytes, weight_bytes, workspace_bytes
 from hma_serve.prefill.config import PrefillConfig
+from hma_serve.prefill.decoded_budget import HOST_DECODED_BYTES
 from hma_serve.prefill.served_model import ServedModel
 
-# Of decoded copies at most: they save time, nothing needs them. Of the prefix cache unless a flag says otherwise.
-_DECODED_BYTES = 1 << 30
+# Of the prefix cache unless a flag says otherwise.
 _PREFIX_CACHE_BYTES = 1 << 30
 _COMPUTE_BYTES = {"f32": 4, "bf16": 2}
 
@@ -68,7 +68,7 @@ def decide_capacity(config: PrefillConfig, model: ServedModel, available: int) -
     left = max(0, available - weights - workspace)
     tokens = config.kv_capacity_tokens or max(model.max_tokens, min(most, left // 2 // layout.token_bytes))
     cache = _prefix_cache_bytes(config, left)
-    decoded = min(_DECODED_BYTES, left // 4, tokens * shape.kv_elements_per_token * itemsize)
+    decoded = min(HOST_DECODED_BYTES, left // 4, tokens * shape.kv_elements_per_token * itemsize)
     plan = MemoryPlan(
         weights=weights,
         kv=tokens * layout.token_bytes + cache + decoded,

@@ -15,14 +15,12 @@ from hma_serve import quant
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import LazyWeights, Linear, LinearFactory, LinearSite, Transformer, open_weights
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
-from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv, offset_tensor
+from hma_serve.prefill.accelerators.packed_kv import TensorKv, offset_tensor
 from hma_serve.prefill.accelerators.sharding import WHOLE, Shard
 from hma_serve.prefill.attention import StoredAttention
+from hma_serve.prefill.decoded_budget import HOST_DECODED_BYTES, DecodedBudget
 from hma_serve.prefill.kv_layout import KvLayout
 from hma_serve.prefill.profiles import Profile
-
-DECODED_BYTES = 1 << 30
-"""Of decoded KV, unless the spec says how many."""
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,7 +41,7 @@ class CpuAccelerator:
         self._layout = KvLayout.of(model, profile)
         self._codecs = (quant.codec(profile.k_codec), quant.codec(profile.v_codec))
         self._k_offsets = offset_tensor(spec)
-        self._budget = DecodedBudget(DECODED_BYTES if spec.decoded_bytes is None else spec.decoded_bytes)
+        self._budget = DecodedBudget(HOST_DECODED_BYTES if spec.decoded_bytes is None else spec.decoded_bytes)
         self._dtype = DTYPES[profile.compute]
         with contextlib.ExitStack() as stack:
             if weights is None:

@@ -26,7 +26,8 @@ from hma_serve.prefill.accelerators.causal import attend
 from hma_serve.prefill.accelerators.cuda_linear import CODES, GpuLinear, gpu_linear
 from hma_serve.prefill.accelerators.gpu_kv import GpuKv, Recorded
 from hma_serve.prefill.accelerators.gpu_memory import kv_tokens, require_room
-from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, offset_tensor
+from hma_serve.prefill.accelerators.packed_kv import offset_tensor
+from hma_serve.prefill.decoded_budget import DecodedBudget
 from hma_serve.prefill.kernels.quantize_rows import normed_rows, plain_rows, swiglu_rows
 from hma_serve.prefill.kernels.store_kv import CODECS, store_kv
 from hma_serve.prefill.kv_layout import ROLES, KvLayout

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from hma_serve import quant
 from hma_serve.prefill.accelerators import Completion
-from hma_serve.prefill.accelerators.packed_kv import DecodedBudget, TensorKv
+from hma_serve.prefill.accelerators.packed_kv import TensorKv
+from hma_serve.prefill.decoded_budget import DecodedBudget
 from hma_serve.prefill.kv_layout import KvLayout
 
 

@@ -17,30 +17,8 @@ from numpy.typing import NDArray
 from hma_serve import quant
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion
+from hma_serve.prefill.decoded_budget import DecodedBudget
 from hma_serve.prefill.kv_layout import ROLES, KvLayout
-
-
-class DecodedBudget:
-    """Bytes that decoded copies of running requests' KV may take; single-threaded.
-
-    Args:
-        limit: Bytes.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.used = 0
-
-    def take(self, size: int) -> bool:
-        """Reserves bytes if there is room."""
-        if self.used + size > self._limit:
-            return False
-        self.used += size
-        return True
-
-    def give(self, size: int) -> None:
-        """Gives reserved bytes back."""
-        self.used -= size
 
 
 class TensorKv:
