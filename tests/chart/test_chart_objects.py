@@ -10,6 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from hma_serve.decode.config import MOST_RECEIVERS
 from support.helm_chart import (
     CHART,
     EXAMPLES,
@@ -257,10 +258,7 @@ def test_policies_let_these_calls_pass_and_no_other() -> None:
         f"--set-json=networkPolicy.monitoring={json.dumps([prometheus])}",
     ]
     objects = template(f"--values={CHART / 'examples' / 'tenstorrent-h100.yaml'}", *given)
-    policies = [policy["spec"] for policy in of_kind(objects, "NetworkPolicy")]
-    pods: dict[str, Object] = {}
-    for workload in of_kind(objects, "Deployment", "StatefulSet"):
-        pods[pod_spec(workload)["containers"][0]["name"]] = workload["spec"]["template"]
+    policies, pods = _policies_and_pods(objects)
     callers = {name: {"podSelector": pod["metadata"]["labels"]} for name, pod in pods.items()}
     callers |= {team: {"namespaceSelector": {"team": team}} for team in ("gateway", "monitoring", "elsewhere")}
 
@@ -293,6 +291,29 @@ def test_policies_let_these_calls_pass_and_no_other() -> None:
     assert outside == {53, 4317}
 
 
+def test_as_many_receivers_as_decode_may_have_can_be_set_and_reached() -> None:
+    def receivers(count: int) -> list[str]:
+        pool = {"name": "a", "receivers": count}
+        return [f"--set=decode.defaults.receivers={count}", f"--set-json=decode.pools={json.dumps([pool])}"]
+
+    policies, pods = _policies_and_pods(template(*receivers(MOST_RECEIVERS)))
+    prefill = {"podSelector": pods["prefill"]["metadata"]["labels"]}
+    (own,) = [p["containerPort"] for p in pods["decode"]["spec"]["containers"][0]["ports"] if p["name"] == "grpc"]
+    around = range(own - 1, own + MOST_RECEIVERS + 2)
+    reached = [port - own for port in around if _allowed(policies, "ingress", pods["decode"], prefill, port)]
+    assert reached == list(range(MOST_RECEIVERS + 1))
+    for argument in receivers(MOST_RECEIVERS + 1):
+        refused = helm("template", "demo", CHART, argument)
+        assert f"maximum: got {MOST_RECEIVERS + 1}, want {MOST_RECEIVERS}" in refused.stderr
+
+
+def _policies_and_pods(objects: list[Object]) -> tuple[list[Object], dict[str, Object]]:
+    """Rules, and templates of pods by the name of their container."""
+    workloads = of_kind(objects, "Deployment", "StatefulSet")
+    pods = {pod_spec(workload)["containers"][0]["name"]: workload["spec"]["template"] for workload in workloads}
+    return [policy["spec"] for policy in of_kind(objects, "NetworkPolicy")], pods
+
+
 def _allowed(policies: list[Object], way: str, pod: Object, peer: Object, port: int) -> bool:
     """Whether the pod may call a peer or be called by it. A peer: its labels by the kind of selector that finds it."""
 
@@ -309,7 +330,12 @@ def _allowed(policies: list[Object], way: str, pod: Object, peer: Object, port: 
             for one in rule.get(ends, ())
             if selects(one.get(kind, {"matchLabels": {"": ""}}), labels)
         ]
-        return (ends not in rule or bool(known)) and ("ports" not in rule or port in [p["port"] for p in rule["ports"]])
+        return (ends not in rule or bool(known)) and ("ports" not in rule or any(map(covers, rule["ports"])))
+
+    def covers(ports: Object) -> bool:
+        first: int = ports["port"]
+        last: int = ports.get("endPort", first)
+        return first <= port <= last
 
     ends = {"ingress": "from", "egress": "to"}[way]
     bound = [
