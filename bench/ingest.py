@@ -22,7 +22,7 @@ from typing import Any, Self
 import grpc.aio
 import numpy as np
 
-from bench.kv_producer import Producer
+from bench.kv_producer import CALL_SECONDS, Producer
 from hma_serve.checkpoint import fingerprint, read_model_config, resolve_checkpoint
 from hma_serve.rpc import open_channel, tune_allocator
 from hma_serve.v1 import decode_pb2, decode_pb2_grpc
@@ -218,7 +218,8 @@ class _Batch:
         async with open_channel(self._decode) as channel:
             stub: Any = decode_pb2_grpc.DecodeStub(channel)
             while True:
-                call = stub.Generate(self._producer.request(self._new_tokens, f"batch {number} {time.monotonic_ns()}"))
+                request = self._producer.request(self._new_tokens, f"batch {number} {time.monotonic_ns()}")
+                call = stub.Generate(request, timeout=CALL_SECONDS)
                 ticket = (await call.read()).ticket
                 async with open_channel(ticket.push_address) as receiver:
                     await self._producer.fill(receiver, ticket, commit=True)

@@ -19,7 +19,7 @@ import grpc.aio
 import numpy as np
 
 from bench.figures import SEED
-from bench.kv_producer import request
+from bench.kv_producer import CALL_SECONDS, request
 from bench.limited_link import LimitedLink
 from hma_serve.rpc import open_channel
 from hma_serve.v1 import (
@@ -144,7 +144,7 @@ class Pair:
         """One request of so many packed tokens, none of it seen before."""
         wanted = self._request(tokens, new_tokens)
         began = time.perf_counter()
-        generating = self._decode.Generate(wanted)
+        generating = self._decode.Generate(wanted, timeout=CALL_SECONDS)
         ticket = (await generating.read()).ticket
         asked = prefill_pb2.PrefillRequest(
             context=wanted.context,
@@ -153,7 +153,7 @@ class Pair:
             decode_address=self._link.address if self._link else ticket.push_address,
         )
         asked_at = time.perf_counter()
-        responses: list[Any] = [response async for response in self._prefill.Prefill(asked)]
+        responses: list[Any] = [response async for response in self._prefill.Prefill(asked, timeout=CALL_SECONDS)]
         spent, completed = time.perf_counter() - asked_at, responses[-1].completed
         while not (await generating.read()).HasField("tokens"):
             pass
@@ -170,7 +170,7 @@ class Pair:
 
     async def held_tokens(self, tokens: int) -> int:
         """What decode reserves for such a request, in tokens of its own plain format."""
-        generating = self._decode.Generate(self._request(tokens))
+        generating = self._decode.Generate(self._request(tokens), timeout=CALL_SECONDS)
         await generating.read()
         used = await self._used(lambda used: used > 0)
         generating.cancel()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from bench.figures import Figure, figure, ratios
-from bench.kv_producer import Producer, request
+from bench.kv_producer import CALL_SECONDS, Producer, request
 from hma_serve.checkpoint import fingerprint, read_model_config, resolve_checkpoint
 from hma_serve.rpc import open_channel, tune_allocator
 from hma_serve.v1 import decode_pb2_grpc
@@ -91,7 +91,7 @@ async def arrivals(address: str) -> AsyncIterator[float]:
     async with open_channel(address) as channel:
         stub: Any = decode_pb2_grpc.DecodeStub(channel)
         while True:
-            call = stub.Generate(request([3] * 64, 3 * STEPS))
+            call = stub.Generate(request([3] * 64, 3 * STEPS), timeout=CALL_SECONDS)
             begun = 0
             async for response in call:
                 if response.tokens.token_ids:

@@ -26,7 +26,7 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.kvblock import codec_for, codec_names
-from hma_serve.rpc import deadline_in, from_rpc_error
+from hma_serve.rpc import from_rpc_error
 from hma_serve.v1 import (
     common_pb2,
     decode_pb2,
@@ -34,6 +34,7 @@ from hma_serve.v1 import (
     worker_pb2,
 )
 from support.cluster import alive
+from support.deadlines import deadline_in
 from support.decode_worker import (
     HEAD_DIM,
     KV_HEADS,

@@ -25,7 +25,7 @@ from hma_serve.core.errors import (
 )
 from hma_serve.kvblock import Codec, StreamWriter, build_manifest, codec, encode_frame, validate_manifest
 from hma_serve.prefill.profiles import find_profile
-from hma_serve.rpc import deadline_in, from_error_detail, from_rpc_error
+from hma_serve.rpc import from_error_detail, from_rpc_error
 from hma_serve.v1 import (
     common_pb2,
     decode_pb2,
@@ -36,6 +36,7 @@ from hma_serve.v1 import (
     worker_pb2_grpc,
 )
 from support.cluster import descendants
+from support.deadlines import deadline_in
 from support.reference import reference_packed_kv
 from support.tiny_qwen3 import make_tiny_checkpoint
 

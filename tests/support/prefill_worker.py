@@ -20,9 +20,10 @@ import grpc.aio
 import torch
 from grpc_health.v1 import health_pb2
 
-from hma_serve.rpc import deadline_in, from_rpc_error
+from hma_serve.rpc import from_rpc_error
 from hma_serve.v1 import common_pb2, kv_block_pb2, prefill_pb2, prefill_pb2_grpc, worker_pb2, worker_pb2_grpc
 from support.cluster import descendants
+from support.deadlines import deadline_in
 from support.push_receiver import PushReceiver
 
 LAYERS, VOCAB, WINDOW, CHUNK = 6, 320, 2048, 64

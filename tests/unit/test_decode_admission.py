@@ -11,9 +11,9 @@ from hma_serve.decode.admission import Admission
 from hma_serve.decode.front import DecodeServicer
 from hma_serve.decode.load import Load
 from hma_serve.kvblock import Acceptance
-from hma_serve.rpc import deadline_in
 from hma_serve.telemetry.metrics import decode_metrics
 from hma_serve.v1 import common_pb2, decode_pb2, kv_block_pb2
+from support.deadlines import deadline_in
 
 
 def deadline_after(context: common_pb2.RequestContext, call_seconds: float | None) -> float:

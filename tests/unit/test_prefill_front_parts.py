@@ -20,9 +20,9 @@ from hma_serve.prefill.events import LayerEvents
 from hma_serve.prefill.front import FrontParts, PrefillServicer
 from hma_serve.prefill.guard import Guard
 from hma_serve.prefill.load import Load
-from hma_serve.rpc import deadline_in
 from hma_serve.telemetry.metrics import prefill_metrics
 from hma_serve.v1 import common_pb2, kv_block_pb2, prefill_pb2, worker_pb2
+from support.deadlines import deadline_in
 
 
 async def never() -> None:

@@ -14,7 +14,6 @@ from grpc_status import rpc_status
 from hma_serve.core.errors import ERRORS, FailedPrecondition, HmaError, Internal, ResourceExhausted, Unavailable
 from hma_serve.rpc import (
     GrpcServer,
-    deadline_in,
     error_detail,
     from_error_detail,
     from_rpc_error,
@@ -23,6 +22,7 @@ from hma_serve.rpc import (
 )
 from hma_serve.v1 import decode_pb2, decode_pb2_grpc
 from hma_serve.v1.common_pb2 import RequestContext
+from support.deadlines import deadline_in
 
 
 class Failing(decode_pb2_grpc.DecodeServicer):

@@ -3,7 +3,7 @@
 from hma_serve.core.error_detail import error_detail, from_error_detail
 from hma_serve.rpc.allocator import tune_allocator
 from hma_serve.rpc.channels import MAX_MESSAGE_BYTES, ChannelCache, open_channel
-from hma_serve.rpc.deadlines import deadline_in, remaining
+from hma_serve.rpc.deadlines import remaining
 from hma_serve.rpc.errors import from_rpc_error, is_transport_failure, to_status
 from hma_serve.rpc.servers import GrpcServer
 from hma_serve.rpc.tls import CA_FILE, CERTIFICATE_FILE, KEY_FILE, SERVICE_NAME, TlsConfig
@@ -17,7 +17,6 @@ __all__ = [
     "ChannelCache",
     "GrpcServer",
     "TlsConfig",
-    "deadline_in",
     "error_detail",
     "from_error_detail",
     "from_rpc_error",
