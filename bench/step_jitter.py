@@ -8,13 +8,11 @@ The producer has the lowest priority: in a fleet it has a machine of its own, an
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import numpy as np
 
 from bench.figures import Figure, figure, ratios
 from bench.kv_producer import CALL_SECONDS, Producer, request
+from bench.split_pair import worker
 from hma_serve.checkpoint import fingerprint, read_model_config, resolve_checkpoint
 from hma_serve.rpc import open_channel, tune_allocator
 from hma_serve.v1 import decode_pb2_grpc
@@ -31,31 +30,6 @@ STEPS = 400
 ROUNDS = 5
 PACKED_TOKENS = 2048
 CODEC = "bf16"
-_SERVING = re.compile(r"gRPC (\S+), HTTP")
-
-
-@contextlib.contextmanager
-def decode_worker() -> Iterator[str]:
-    """A running decode worker's address."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "hma_serve.cli.main", "decode", "--model", "demo", "--etcd", "none"),
-            *("--listen", "127.0.0.1:0"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            if found := _SERVING.search(line):
-                yield found[1]
-                break
-        else:
-            raise RuntimeError("the decode worker did not start")
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def produce(address: str, model: str) -> None:
@@ -137,13 +111,13 @@ def _line(process: subprocess.Popen[str]) -> None:
 def run() -> list[Figure]:
     """Starts a worker and a producer and measures."""
     model = fingerprint(Path(resolve_checkpoint("demo")))
-    with decode_worker() as address:
-        code = f"from bench.step_jitter import produce; produce({address!r}, {model!r})"
+    with worker("decode", "--model", "demo") as decode:
+        code = f"from bench.step_jitter import produce; produce({decode.address!r}, {model!r})"
         producer = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
-            return asyncio.run(measure(address, producer))
+            return asyncio.run(measure(decode.address, producer))
         finally:
             producer.kill()
             producer.communicate()
