@@ -139,6 +139,7 @@ async def test_requests_that_lost_computed_pages_go_on_where_they_were(checkpoin
     arguments = ("--overcommit", "--max-model-len", "512", "--kv-capacity-tokens", "512")
     with running_worker(checkpoint, *arguments) as made:
         async with connected(made, checkpoint) as client:
+            assert (await client.worker.Describe(worker_pb2.DescribeRequest())).worker.limits.overcommit
             requests = [client.request(*pair, max_tokens=180) for pair in zip(prompts, packed, strict=True)]
             alone = [emitted(await client.generate(request)) for request in requests]
             together = await asyncio.gather(*map(client.generate, requests))
@@ -438,6 +439,7 @@ async def test_the_worker_describes_itself(client: Client, worker: Worker, check
     assert described.model.fingerprint == fingerprint(checkpoint)
     assert described.limits.max_model_len == WINDOW
     assert described.limits.kv_capacity_tokens >= WINDOW
+    assert not described.limits.overcommit
     assert [codec_for(spec).name for spec in described.codecs] == list(codec_names())
     async with httpx.AsyncClient() as http:
         assert (await http.get(f"http://{worker.http}/ready")).status_code == 200

@@ -122,6 +122,7 @@ def fake_worker(
     max_waiting: int = 0,
     max_model_len: int = WINDOW,
     kv_capacity_tokens: int = 0,
+    overcommit: bool = False,
     fingerprint: str = "f" * 64,
     state: WorkerState = WorkerState.READY,
 ) -> WorkerInfo:
@@ -132,7 +133,7 @@ def fake_worker(
         address=address,
         model=ModelInfo(MODEL_NAME, fingerprint, 1, 32, 2, 1, 16, VOCAB, RopeSpec(KvRopePairing.HALF_SPLIT, 1e4)),
         codecs=tuple(map(CodecSpec, codecs)),
-        limits=WorkerLimits(max_model_len, max_running, max_waiting, kv_capacity_tokens),
+        limits=WorkerLimits(max_model_len, max_running, max_waiting, kv_capacity_tokens, overcommit),
         state=state,
         epoch=1,
     )

@@ -41,15 +41,16 @@ class SimulatedWorker:
         self.reports += 1
         self.view = replace(self.view, load=self.load(), load_at=now, unseen=Share())
 
-    def take(self, tokens: int) -> tuple[int, int]:
+    def take(self, *tokens: int) -> tuple[tuple[int, ...], int]:
         view = self.view
-        self.view = replace(view, ours=view.ours.plus(tokens), unseen=view.unseen.plus(tokens), placed=view.placed + 1)
+        ours, unseen = view.ours.plus(*tokens), view.unseen.plus(*tokens)
+        self.view = replace(view, ours=ours, unseen=unseen, placed=view.placed + 1)
         return tokens, self.reports
 
-    def give_back(self, tokens: int, reports: int) -> None:
+    def give_back(self, tokens: tuple[int, ...], reports: int) -> None:
         view = self.view
-        unseen = view.unseen.minus(tokens) if reports == self.reports else view.unseen
-        self.view = replace(view, ours=view.ours.minus(tokens), unseen=unseen)
+        unseen = view.unseen.minus(*tokens) if reports == self.reports else view.unseen
+        self.view = replace(view, ours=view.ours.minus(*tokens), unseen=unseen)
 
 
 class SimulatedPrefill(SimulatedWorker):
@@ -160,8 +161,8 @@ class SimulatedFleet:
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener)
 
-    def hold(self, placement: Placement, prompt_tokens: int) -> Hold:
-        return Hold(self, placement, prompt_tokens)
+    def hold(self, placement: Placement, demand: Demand) -> Hold:
+        return Hold(self, placement, demand)
 
     def changed(self) -> None:
         for listener in self.listeners:
@@ -214,13 +215,14 @@ class SimulatedFleet:
 class Hold:
     """What a request has on its workers."""
 
-    def __init__(self, fleet: SimulatedFleet, placement: Placement, prompt_tokens: int) -> None:
+    def __init__(self, fleet: SimulatedFleet, placement: Placement, demand: Demand) -> None:
         self.placement = placement
         self._fleet = fleet
-        tokens = {placement.decode.instance: prompt_tokens}
-        if placement.prefill is not None:
-            tokens[placement.prefill.instance] = placement.packed_tokens
-        self._parts = {instance: fleet.workers()[instance].take(count) for instance, count in tokens.items()}
+        decode, prefill, workers = placement.decode, placement.prefill, fleet.workers()
+        kv_tokens = demand.kv_tokens(decode.limits)
+        self._parts = {decode.instance: workers[decode.instance].take(demand.prompt_tokens, kv_tokens)}
+        if prefill is not None:
+            self._parts[prefill.instance] = workers[prefill.instance].take(placement.packed_tokens)
 
     def release_prefill(self) -> None:
         if self.placement.prefill is not None:

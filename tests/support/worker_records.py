@@ -46,7 +46,9 @@ def a_worker(role: WorkerRole = WorkerRole.DECODE, instance: str = "", address: 
             CodecSpec(KvCodecId.TT_BFP8_B, 1, KvScaleGranularity.TENSOR, KvRounding.NEAREST_EVEN),
             CodecSpec(KvCodecId.BF16),
         ),
-        limits=WorkerLimits(max_model_len=2048, max_running=8, max_waiting=2, kv_capacity_tokens=1 << 40),
+        limits=WorkerLimits(
+            max_model_len=2048, max_running=8, max_waiting=2, kv_capacity_tokens=1 << 40, overcommit=True
+        ),
         device=DeviceInfo(vendor="cpu", name="test", count=2, memory_bytes=1 << 40, price_per_hour=1.25),
         epoch=3,
         profile="tt_bfp8",

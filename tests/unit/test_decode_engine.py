@@ -8,6 +8,7 @@ import torch
 
 from hma_serve.checkpoint import resolve_checkpoint
 from hma_serve.core.errors import Internal
+from hma_serve.core.worker import WorkerLimits
 from hma_serve.decode.commitment import FullCommitment, OverCommitment
 from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
@@ -23,6 +24,7 @@ from hma_serve.decode.tickets import TicketTable
 from hma_serve.internal.v1 import decode_engine_pb2 as pb
 from hma_serve.ipc import Arena
 from hma_serve.quant import codec
+from hma_serve.router.placement import Demand
 from hma_serve.v1 import common_pb2, kv_block_pb2
 
 LAYERS, KV_HEADS, HEAD_DIM, VOCAB, EOS = 2, 2, 32, 300, 2
@@ -475,6 +477,16 @@ def test_a_long_prompt_is_announced_with_its_first_piece(harness: Harness) -> No
     second = outputs(harness.turn())
     assert not second[0].HasField("started")
     assert list(second[0].tokens.token_ids) == [110]
+
+
+@pytest.mark.parametrize("overcommit", [False, True])
+def test_a_request_takes_as_much_memory_as_a_router_counts(overcommit: bool) -> None:
+    limits = WorkerLimits(2000, 3, 0, 2000, overcommit=overcommit)
+    for prompt, max_tokens, emitted in ((1, 31, 0), (32, 2, 0), (70, 300, 0), (70, 300, 57), (70, 300, 58)):
+        harness = Harness(overcommit=overcommit)
+        harness.turn(admit(1, prompt, 0, max_tokens=max_tokens, emitted=emitted))
+        demand = Demand(prompt, max_tokens, emitted_tokens=emitted)
+        assert harness.pool.used_tokens == demand.kv_tokens(limits)
 
 
 def test_load_is_reported_when_it_changes(harness: Harness) -> None:

@@ -37,8 +37,8 @@ async def test_load_reports_arrive_and_replace_what_was_assumed() -> None:
     decode = FakeDecode()
     async with running_pipeline(decode) as (pipeline, _):
         keeper = pipeline.keeper
-        held = keeper.hold(Placement(decode.info, None, 0), prompt_tokens=40)
-        assert (one(keeper.fleet).requests, one(keeper.fleet).kv_tokens, one(keeper.fleet).placed) == (1, 40, 1)
+        held = keeper.hold(Placement(decode.info, None, 0), Demand(40, 24))
+        assert (one(keeper.fleet).requests, one(keeper.fleet).kv_tokens, one(keeper.fleet).placed) == (1, 64, 1)
         decode.load.running, decode.load.kv_used_tokens = 3, 64
         decode.report()
         await until(pipeline, lambda fleet: one(fleet).load == Load(running=3, kv_used_tokens=64))
@@ -53,9 +53,9 @@ async def test_what_came_and_went_between_two_reports_counts_no_more() -> None:
     decode = FakeDecode()
     async with running_pipeline(decode) as (pipeline, _):
         keeper = pipeline.keeper
-        over, stays = (keeper.hold(Placement(decode.info, None, 0), prompt_tokens=tokens) for tokens in (40, 50))
+        over, stays = (keeper.hold(Placement(decode.info, None, 0), Demand(40, tokens)) for tokens in (100, 40))
         over.release()
-        assert (one(keeper.fleet).requests, one(keeper.fleet).kv_tokens) == (1, 50)
+        assert (one(keeper.fleet).requests, one(keeper.fleet).kv_tokens) == (1, 96)
         decode.load.running, decode.load.kv_used_tokens = 1, 64
         decode.report()
         await until(pipeline, lambda fleet: one(fleet).load == Load(running=1, kv_used_tokens=64))
@@ -67,9 +67,10 @@ async def test_what_came_and_went_between_two_reports_counts_no_more() -> None:
 async def test_prefill_is_given_back_before_decode() -> None:
     prefill, decode = FakePrefill(), FakeDecode()
     async with running_pipeline(prefill, decode) as (pipeline, _):
-        outcome = place(Demand(100, 1), pipeline.keeper.fleet, asyncio.get_running_loop().time())
+        demand = Demand(100, 1)
+        outcome = place(demand, pipeline.keeper.fleet, asyncio.get_running_loop().time())
         assert isinstance(outcome, Placement)
-        held = pipeline.keeper.hold(outcome, 100)
+        held = pipeline.keeper.hold(outcome, demand)
         assert pipeline.keeper.fleet.prefills[0].ours.tokens == 96
         held.release_prefill()
         assert pipeline.keeper.fleet.prefills[0].ours.tokens == 0
@@ -140,7 +141,7 @@ async def test_reports_about_unknown_workers_are_ignored() -> None:
     async with running_pipeline() as (pipeline, _):
         pipeline.keeper.report_failure("gone")
         pipeline.keeper.report_refusal("gone")
-        held = pipeline.keeper.hold(Placement(fake_worker(WorkerRole.DECODE), None, 0), 1)
+        held = pipeline.keeper.hold(Placement(fake_worker(WorkerRole.DECODE), None, 0), Demand(1, 1))
         held.release()
         assert pipeline.keeper.fleet == Fleet()
 
@@ -178,7 +179,7 @@ def test_a_known_fingerprint_decides_and_a_name_only_without_one() -> None:
 async def test_requests_in_flight_survive_that_their_worker_leaves_the_registry() -> None:
     decode = FakeDecode()
     async with running_pipeline(decode) as (pipeline, registry):
-        held = pipeline.keeper.hold(Placement(decode.info, None, 0), 1)
+        held = pipeline.keeper.hold(Placement(decode.info, None, 0), Demand(1, 1))
         registry.put()
         assert pipeline.keeper.fleet == Fleet()
         held.release()

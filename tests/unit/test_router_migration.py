@@ -17,11 +17,12 @@ from hma_serve.core.errors import (
     Unavailable,
 )
 from hma_serve.core.request import SamplingParams, StopConditions
+from hma_serve.core.worker import WorkerRole
 from hma_serve.router import dispatch
 from hma_serve.router.completion import CompletionRequest, Delta, Event, Finished
 from hma_serve.router.pipeline import Pipeline
 from support.fake_fleet import LONG, TOKENS, request, running_fleet, token_ids, tokens
-from support.fake_workers import FakeDecode, FakePrefill, FakeRegistry, running, running_pipeline, until
+from support.fake_workers import FakeDecode, FakePrefill, FakeRegistry, fake_worker, running, running_pipeline, until
 
 
 async def whole(
@@ -99,6 +100,18 @@ async def test_a_broken_connection_quarantines_the_worker_and_the_stream_goes_on
         # The probe found it well again.
         await until(pipeline, lambda view: all(decode.open for decode in view.decodes))
         assert [decode.described for decode in fleet.decodes] == [2, 1]
+
+
+async def test_a_worker_without_room_for_what_was_emitted_is_not_asked() -> None:
+    info = fake_worker(WorkerRole.DECODE, address="127.0.0.1:0", kv_capacity_tokens=192, overcommit=True)
+    first, nearly_full = FakeDecode(replace(info, instance="first")), FakeDecode(replace(info, instance="nearly full"))
+    # Room for the prompt and a token more, not for 30.
+    nearly_full.load.running, nearly_full.load.kv_used_tokens = 1, 64
+    async with running_pipeline(first, nearly_full) as (pipeline, _):
+        first.break_after = 30
+        deltas, end = await whole(pipeline, request(max_tokens=40))
+        assert (len(ids(deltas)), end.migrations) == (40, 1)
+        assert (len(first.calls), len(nearly_full.calls)) == (2, 0)
 
 
 async def stranded(

@@ -284,6 +284,24 @@ def test_a_briefly_absent_prefill_is_waited_for_rather_than_replaced_by_decode()
     assert chosen(place(LONG, gone, NOW)) == ("d1", None)
 
 
+def test_memory_counts_for_all_that_a_request_may_need_or_overcommitted_for_what_it_has() -> None:
+    nearly_full = decode(load=Load(running=1, kv_used_tokens=500, kv_capacity_tokens=1000))
+    overcommitted = replace(nearly_full, info=fake_worker(WorkerRole.DECODE, instance="d1", overcommit=True))
+    fits, grows = Demand(32, 448), Demand(32, 449)
+    assert chosen(place(fits, Fleet(decodes=(nearly_full,)), NOW)) == ("d1", None)
+    assert refused(place(grows, Fleet(decodes=(nearly_full,)), NOW)) is Why.BUSY
+    assert chosen(place(grows, Fleet(decodes=(overcommitted,)), NOW)) == ("d1", None)
+    moved = replace(grows, emitted_tokens=448)
+    assert refused(place(moved, Fleet(decodes=(overcommitted,)), NOW)) is Why.BUSY
+
+
+def test_memory_that_is_reported_counts_as_it_is_and_no_more() -> None:
+    packed = decode(load=Load(running=1, kv_used_tokens=500, kv_capacity_tokens=1000), ours=Share(1, 900, 0.0, 960))
+    assert chosen(place(SHORT, Fleet(decodes=(packed,)), NOW)) == ("d1", None)
+    more = replace(packed, ours=Share(2, 1800, 0.0, 1920))
+    assert refused(place(SHORT, Fleet(decodes=(more,)), NOW)) is Why.BUSY
+
+
 def test_an_idle_decode_decides_for_itself_about_memory() -> None:
     full = decode(load=Load(kv_used_tokens=1000, kv_capacity_tokens=1000))
     assert chosen(place(SHORT, Fleet(decodes=(full,)), NOW)) == ("d1", None)

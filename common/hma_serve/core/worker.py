@@ -283,17 +283,26 @@ class WorkerLimits:
         max_running: Requests that may run at once.
         max_waiting: Requests that may wait inside the worker.
         kv_capacity_tokens: Decode: tokens of KV that fit; 0 for prefill.
+        overcommit: Decode: a request begins with memory for its prompt and is given more as it grows, instead of all
+            that it may need.
     """
 
     max_model_len: int
     max_running: int
     max_waiting: int
     kv_capacity_tokens: int = 0
+    overcommit: bool = False
 
     @classmethod
     def from_proto(cls, message: worker_pb2.WorkerLimits) -> WorkerLimits:
         """The dataclass of a message."""
-        return cls(message.max_model_len, message.max_running, message.max_waiting, message.kv_capacity_tokens)
+        return cls(
+            message.max_model_len,
+            message.max_running,
+            message.max_waiting,
+            message.kv_capacity_tokens,
+            message.overcommit,
+        )
 
     def to_proto(self) -> worker_pb2.WorkerLimits:
         """The message of this value."""
@@ -302,6 +311,7 @@ class WorkerLimits:
             max_running=self.max_running,
             max_waiting=self.max_waiting,
             kv_capacity_tokens=self.kv_capacity_tokens,
+            overcommit=self.overcommit,
         )
 
 

@@ -26,43 +26,43 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from hma_serve.v1 import kv_block_pb2 as hma__serve_dot_v1_dot_kv__block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hma_serve/v1/worker.proto\x12\x0chma_serve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhma_serve/v1/kv_block.proto\"\xb9\x03\n\nWorkerInfo\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.hma_serve.v1.WorkerRole\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.hma_serve.v1.WorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12&\n\x05model\x18\x06 \x01(\x0b\x32\x17.hma_serve.v1.ModelInfo\x12)\n\x06\x63odecs\x18\x07 \x03(\x0b\x32\x19.hma_serve.v1.KvCodecSpec\x12*\n\x06limits\x18\x08 \x01(\x0b\x32\x1a.hma_serve.v1.WorkerLimits\x12(\n\x06\x64\x65vice\x18\t \x01(\x0b\x32\x18.hma_serve.v1.DeviceInfo\x12\x0f\n\x07profile\x18\n \x01(\t\x12\x14\n\x0chttp_address\x18\x0b \x01(\t\x12\x32\n\rrope_pairings\x18\x0c \x03(\x0e\x32\x1b.hma_serve.v1.KvRopePairing\x12#\n\x02kv\x18\r \x01(\x0b\x32\x17.hma_serve.v1.KvSupport\"\xca\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x0e\n\x06hidden\x18\x04 \x01(\r\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x10\n\x08kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\r\n\x05vocab\x18\x08 \x01(\r\x12\"\n\x04rope\x18\t \x01(\x0b\x32\x14.hma_serve.v1.KvRope\x12\x16\n\x0ekv_fingerprint\x18\n \x01(\t\"k\n\x0cWorkerLimits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x13\n\x0bmax_running\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x04 \x01(\x04\"g\n\nDeviceInfo\x12\x0e\n\x06vendor\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x16\n\x0eprice_per_hour\x18\x05 \x01(\x01\"\x11\n\x0f\x44\x65scribeRequest\"<\n\x10\x44\x65scribeResponse\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.hma_serve.v1.WorkerInfo\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x11WatchLoadResponse\x12&\n\x04load\x18\x01 \x01(\x0b\x32\x18.hma_serve.v1.WorkerLoad\"\xed\x02\n\nWorkerLoad\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.hma_serve.v1.WorkerState\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x07 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x08 \x01(\x01\x12\x15\n\rqueue_seconds\x18\t \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\n \x01(\x04\x12\x16\n\x0ekv_free_tokens\x18\x0b \x01(\x04\x12%\n\x04\x63ost\x18\x0c \x01(\x0b\x32\x17.hma_serve.v1.CostModel\x12-\n\x08transfer\x18\r \x01(\x0b\x32\x1b.hma_serve.v1.TransferModel\"\x93\x01\n\tCostModel\x12\x15\n\rfixed_seconds\x18\x01 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ontext_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cpair_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bstep_tokens\x18\x05 \x01(\r\x12\x14\n\x0cmeasurements\x18\x06 \x01(\x04\"k\n\rTransferModel\x12\x17\n\x0f\x62ytes_per_token\x18\x01 \x01(\r\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x01\x12\x17\n\x0fhandoff_seconds\x18\x03 \x01(\x01\x12\x0e\n\x06layers\x18\x04 \x01(\r\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\r\x12\x11\n\tcancelled\x18\x02 \x01(\r*r\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x16\n\x12WORKER_ROLE_ROUTER\x10\x03*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x32\xe5\x01\n\x06Worker\x12I\n\x08\x44\x65scribe\x12\x1d.hma_serve.v1.DescribeRequest\x1a\x1e.hma_serve.v1.DescribeResponse\x12N\n\tWatchLoad\x12\x1e.hma_serve.v1.WatchLoadRequest\x1a\x1f.hma_serve.v1.WatchLoadResponse0\x01\x12@\n\x05\x44rain\x12\x1a.hma_serve.v1.DrainRequest\x1a\x1b.hma_serve.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hma_serve/v1/worker.proto\x12\x0chma_serve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bhma_serve/v1/kv_block.proto\"\xb9\x03\n\nWorkerInfo\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.hma_serve.v1.WorkerRole\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.hma_serve.v1.WorkerState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12&\n\x05model\x18\x06 \x01(\x0b\x32\x17.hma_serve.v1.ModelInfo\x12)\n\x06\x63odecs\x18\x07 \x03(\x0b\x32\x19.hma_serve.v1.KvCodecSpec\x12*\n\x06limits\x18\x08 \x01(\x0b\x32\x1a.hma_serve.v1.WorkerLimits\x12(\n\x06\x64\x65vice\x18\t \x01(\x0b\x32\x18.hma_serve.v1.DeviceInfo\x12\x0f\n\x07profile\x18\n \x01(\t\x12\x14\n\x0chttp_address\x18\x0b \x01(\t\x12\x32\n\rrope_pairings\x18\x0c \x03(\x0e\x32\x1b.hma_serve.v1.KvRopePairing\x12#\n\x02kv\x18\r \x01(\x0b\x32\x17.hma_serve.v1.KvSupport\"\xca\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x0e\n\x06hidden\x18\x04 \x01(\r\x12\r\n\x05heads\x18\x05 \x01(\r\x12\x10\n\x08kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12\r\n\x05vocab\x18\x08 \x01(\r\x12\"\n\x04rope\x18\t \x01(\x0b\x32\x14.hma_serve.v1.KvRope\x12\x16\n\x0ekv_fingerprint\x18\n \x01(\t\"\x7f\n\x0cWorkerLimits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x13\n\x0bmax_running\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x04 \x01(\x04\x12\x12\n\novercommit\x18\x05 \x01(\x08\"g\n\nDeviceInfo\x12\x0e\n\x06vendor\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x16\n\x0eprice_per_hour\x18\x05 \x01(\x01\"\x11\n\x0f\x44\x65scribeRequest\"<\n\x10\x44\x65scribeResponse\x12(\n\x06worker\x18\x01 \x01(\x0b\x32\x18.hma_serve.v1.WorkerInfo\"?\n\x10WatchLoadRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x11WatchLoadResponse\x12&\n\x04load\x18\x01 \x01(\x0b\x32\x18.hma_serve.v1.WorkerLoad\"\xed\x02\n\nWorkerLoad\x12(\n\x05state\x18\x01 \x01(\x0e\x32\x19.hma_serve.v1.WorkerState\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x15\n\rqueued_tokens\x18\x04 \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x07 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x08 \x01(\x01\x12\x15\n\rqueue_seconds\x18\t \x01(\x01\x12\x16\n\x0e\x63ontext_tokens\x18\n \x01(\x04\x12\x16\n\x0ekv_free_tokens\x18\x0b \x01(\x04\x12%\n\x04\x63ost\x18\x0c \x01(\x0b\x32\x17.hma_serve.v1.CostModel\x12-\n\x08transfer\x18\r \x01(\x0b\x32\x1b.hma_serve.v1.TransferModel\"\x93\x01\n\tCostModel\x12\x15\n\rfixed_seconds\x18\x01 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x63ontext_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cpair_seconds\x18\x04 \x01(\x01\x12\x13\n\x0bstep_tokens\x18\x05 \x01(\r\x12\x14\n\x0cmeasurements\x18\x06 \x01(\x04\"k\n\rTransferModel\x12\x17\n\x0f\x62ytes_per_token\x18\x01 \x01(\r\x12\x18\n\x10\x62ytes_per_second\x18\x02 \x01(\x01\x12\x17\n\x0fhandoff_seconds\x18\x03 \x01(\x01\x12\x0e\n\x06layers\x18\x04 \x01(\r\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\rDrainResponse\x12\x10\n\x08\x66inished\x18\x01 \x01(\r\x12\x11\n\tcancelled\x18\x02 \x01(\r*r\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x16\n\x12WORKER_ROLE_ROUTER\x10\x03*^\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x32\xe5\x01\n\x06Worker\x12I\n\x08\x44\x65scribe\x12\x1d.hma_serve.v1.DescribeRequest\x1a\x1e.hma_serve.v1.DescribeResponse\x12N\n\tWatchLoad\x12\x1e.hma_serve.v1.WatchLoadRequest\x1a\x1f.hma_serve.v1.WatchLoadResponse0\x01\x12@\n\x05\x44rain\x12\x1a.hma_serve.v1.DrainRequest\x1a\x1b.hma_serve.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hma_serve.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1913
-  _globals['_WORKERROLE']._serialized_end=2027
-  _globals['_WORKERSTATE']._serialized_start=2029
-  _globals['_WORKERSTATE']._serialized_end=2123
+  _globals['_WORKERROLE']._serialized_start=1933
+  _globals['_WORKERROLE']._serialized_end=2047
+  _globals['_WORKERSTATE']._serialized_start=2049
+  _globals['_WORKERSTATE']._serialized_end=2143
   _globals['_WORKERINFO']._serialized_start=105
   _globals['_WORKERINFO']._serialized_end=546
   _globals['_MODELINFO']._serialized_start=549
   _globals['_MODELINFO']._serialized_end=751
   _globals['_WORKERLIMITS']._serialized_start=753
-  _globals['_WORKERLIMITS']._serialized_end=860
-  _globals['_DEVICEINFO']._serialized_start=862
-  _globals['_DEVICEINFO']._serialized_end=965
-  _globals['_DESCRIBEREQUEST']._serialized_start=967
-  _globals['_DESCRIBEREQUEST']._serialized_end=984
-  _globals['_DESCRIBERESPONSE']._serialized_start=986
-  _globals['_DESCRIBERESPONSE']._serialized_end=1046
-  _globals['_WATCHLOADREQUEST']._serialized_start=1048
-  _globals['_WATCHLOADREQUEST']._serialized_end=1111
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1113
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1172
-  _globals['_WORKERLOAD']._serialized_start=1175
-  _globals['_WORKERLOAD']._serialized_end=1540
-  _globals['_COSTMODEL']._serialized_start=1543
-  _globals['_COSTMODEL']._serialized_end=1690
-  _globals['_TRANSFERMODEL']._serialized_start=1692
-  _globals['_TRANSFERMODEL']._serialized_end=1799
-  _globals['_DRAINREQUEST']._serialized_start=1801
-  _globals['_DRAINREQUEST']._serialized_end=1857
-  _globals['_DRAINRESPONSE']._serialized_start=1859
-  _globals['_DRAINRESPONSE']._serialized_end=1911
-  _globals['_WORKER']._serialized_start=2126
-  _globals['_WORKER']._serialized_end=2355
+  _globals['_WORKERLIMITS']._serialized_end=880
+  _globals['_DEVICEINFO']._serialized_start=882
+  _globals['_DEVICEINFO']._serialized_end=985
+  _globals['_DESCRIBEREQUEST']._serialized_start=987
+  _globals['_DESCRIBEREQUEST']._serialized_end=1004
+  _globals['_DESCRIBERESPONSE']._serialized_start=1006
+  _globals['_DESCRIBERESPONSE']._serialized_end=1066
+  _globals['_WATCHLOADREQUEST']._serialized_start=1068
+  _globals['_WATCHLOADREQUEST']._serialized_end=1131
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1133
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1192
+  _globals['_WORKERLOAD']._serialized_start=1195
+  _globals['_WORKERLOAD']._serialized_end=1560
+  _globals['_COSTMODEL']._serialized_start=1563
+  _globals['_COSTMODEL']._serialized_end=1710
+  _globals['_TRANSFERMODEL']._serialized_start=1712
+  _globals['_TRANSFERMODEL']._serialized_end=1819
+  _globals['_DRAINREQUEST']._serialized_start=1821
+  _globals['_DRAINREQUEST']._serialized_end=1877
+  _globals['_DRAINRESPONSE']._serialized_start=1879
+  _globals['_DRAINRESPONSE']._serialized_end=1931
+  _globals['_WORKER']._serialized_start=2146
+  _globals['_WORKER']._serialized_end=2375
 # @@protoc_insertion_point(module_scope)

@@ -191,6 +191,7 @@ class WorkerLimits(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
     MAX_WAITING_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
+    OVERCOMMIT_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """Prompt plus completion, tokens."""
     max_running: _builtins.int
@@ -199,6 +200,8 @@ class WorkerLimits(_message.Message):
     """Requests that may wait inside the worker before it refuses."""
     kv_capacity_tokens: _builtins.int
     """Decode: tokens of KV that fit."""
+    overcommit: _builtins.bool
+    """Decode: a request begins with memory for its prompt and is given more as it grows, instead of all that it may need."""
     def __init__(
         self,
         *,
@@ -206,10 +209,11 @@ class WorkerLimits(_message.Message):
         max_running: _builtins.int = ...,
         max_waiting: _builtins.int = ...,
         kv_capacity_tokens: _builtins.int = ...,
+        overcommit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_capacity_tokens", b"kv_capacity_tokens", "max_model_len", b"max_model_len", "max_running", b"max_running", "max_waiting", b"max_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_capacity_tokens", b"kv_capacity_tokens", "max_model_len", b"max_model_len", "max_running", b"max_running", "max_waiting", b"max_waiting", "overcommit", b"overcommit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

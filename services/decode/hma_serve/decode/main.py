@@ -193,7 +193,9 @@ class _Worker:
             address=address,
             model=model.info,
             codecs=model.codec_specs,
-            limits=WorkerLimits(model.max_model_len, config.max_running, 0, ready.kv_capacity_tokens),
+            limits=WorkerLimits(
+                model.max_model_len, config.max_running, 0, ready.kv_capacity_tokens, overcommit=config.overcommit
+            ),
             device=DeviceInfo(
                 vendor=_VENDORS[config.device],
                 name=ready.device,

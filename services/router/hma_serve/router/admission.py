@@ -87,8 +87,8 @@ class Capacity(Protocol):
         """Calls `listener` after every change that may let a waiting request be placed; returns the way out."""
         ...
 
-    def hold(self, placement: Placement, prompt_tokens: int) -> Held:
-        """Counts the placement against its workers from now on."""
+    def hold(self, placement: Placement, demand: Demand) -> Held:
+        """Counts the request against its workers from now on."""
         ...
 
 
@@ -205,7 +205,7 @@ class Admission:
         if not len(queue.line):
             outcome = self._place(claim.demand)
             if isinstance(outcome, Placement):
-                return self._capacity.hold(outcome, claim.demand.prompt_tokens)
+                return self._capacity.hold(outcome, claim.demand)
             if outcome.why is not Why.BUSY:
                 raise _refusal(outcome)
             busy = outcome.message
@@ -305,7 +305,7 @@ class Admission:
         if isinstance(outcome, Placement):
             queue.line.serve(waiter)
             queue.admitted(asyncio.get_running_loop().time())
-            turn.room.set_result(self._capacity.hold(outcome, turn.demand.prompt_tokens))
+            turn.room.set_result(self._capacity.hold(outcome, turn.demand))
         elif outcome.why is Why.BUSY:
             return False
         else:

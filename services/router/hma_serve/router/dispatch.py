@@ -267,7 +267,7 @@ class _Course:
         """An attempt failed; returns how many did, refusals apart."""
         self._failures += not isinstance(failed.error, ResourceExhausted)
         avoid = self._demand.avoid | {failed.instance} | ({failed.witness} if failed.witness is not None else set())
-        self._demand = replace(self._demand, avoid=avoid)
+        self._demand = replace(self._demand, avoid=avoid, emitted_tokens=len(self.emitted))
         prefill = self._placement.prefill
         if attempt.started and prefill is not None:
             cached = {**self._demand.cached, prefill.instance: self._placement.packed_tokens}

@@ -76,24 +76,28 @@ class Share:
         requests: How many.
         tokens: Their tokens together: those to compute on prefill, the whole prompt on decode.
         pairs: Of these tokens and the ones that they attend to.
+        kv_tokens: Decode: of KV that it takes for them before they start, at most.
     """
 
     requests: int = 0
     tokens: int = 0
     pairs: float = 0.0
+    kv_tokens: int = 0
 
-    def plus(self, tokens: int) -> Share:
+    def plus(self, tokens: int, kv_tokens: int = 0) -> Share:
         """With one more request."""
-        return Share(self.requests + 1, self.tokens + tokens, self.pairs + attended_pairs(tokens))
+        pairs = self.pairs + attended_pairs(tokens)
+        return Share(self.requests + 1, self.tokens + tokens, pairs, self.kv_tokens + kv_tokens)
 
-    def minus(self, tokens: int) -> Share:
+    def minus(self, tokens: int, kv_tokens: int = 0) -> Share:
         """With one request fewer."""
-        return Share(self.requests - 1, self.tokens - tokens, self.pairs - attended_pairs(tokens))
+        pairs = self.pairs - attended_pairs(tokens)
+        return Share(self.requests - 1, self.tokens - tokens, pairs, self.kv_tokens - kv_tokens)
 
     def part(self, requests: int) -> Share:
         """So many requests of the mean size."""
         share = requests / self.requests
-        return Share(requests, round(self.tokens * share), self.pairs * share)
+        return Share(requests, round(self.tokens * share), self.pairs * share, round(self.kv_tokens * share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,7 @@ class WorkerView:
             self.unseen.requests + missing,
             self.unseen.tokens + on_its_way.tokens,
             self.unseen.pairs + on_its_way.pairs,
+            self.unseen.kv_tokens + on_its_way.kv_tokens,
         )
 
     @property
@@ -160,9 +165,12 @@ class WorkerView:
 
     @property
     def kv_tokens(self) -> int:
-        """Decode: tokens of KV held or about to be."""
+        """Decode: tokens of KV held or about to be.
+
+        What is reported counts as what it takes, packed and shared as it is; only the rest as the most that it may.
+        """
         reported = self.load.kv_used_tokens if self.load else 0
-        return max(reported + self.unseen.tokens, self.ours.tokens)
+        return reported + self.unreported.kv_tokens
 
     @property
     def kv_capacity(self) -> int:

@@ -25,7 +25,7 @@ from hma_serve.core.errors import FailedPrecondition, HmaError, Unavailable
 from hma_serve.core.worker import WorkerInfo, WorkerRole
 from hma_serve.registry import FleetSnapshot
 from hma_serve.router.fleet import Fleet, Load, Share, WorkerView
-from hma_serve.router.placement import RECOVERY_SECONDS, Placement
+from hma_serve.router.placement import RECOVERY_SECONDS, Demand, Placement
 from hma_serve.rpc import ChannelCache, from_rpc_error
 from hma_serve.v1 import worker_pb2, worker_pb2_grpc
 
@@ -81,19 +81,21 @@ class _Worker:
 class _Part:
     """What one hold has on one worker."""
 
-    def __init__(self, worker: _Worker, tokens: int) -> None:
+    def __init__(self, worker: _Worker, tokens: int, kv_tokens: int) -> None:
         self.worker = worker
         self.tokens = tokens
+        self.kv_tokens = kv_tokens
         self.reports = worker.reports
 
 
 class Hold:
     """A placement that counts against its workers until it is released; releasing twice is harmless."""
 
-    def __init__(self, keeper: FleetKeeper, placement: Placement, prompt_tokens: int) -> None:
+    def __init__(self, keeper: FleetKeeper, placement: Placement, demand: Demand) -> None:
         self.placement = placement
         self._keeper = keeper
-        self._decode = keeper._take(placement.decode.instance, prompt_tokens)
+        decode = placement.decode
+        self._decode = keeper._take(decode.instance, demand.prompt_tokens, demand.kv_tokens(decode.limits))
         self._prefill = keeper._take(placement.prefill.instance, placement.packed_tokens) if placement.prefill else None
 
     def release_prefill(self) -> None:
@@ -165,9 +167,9 @@ class FleetKeeper:
         self._listeners.add(listener)
         return lambda: self._listeners.discard(listener)
 
-    def hold(self, placement: Placement, prompt_tokens: int) -> Hold:
-        """Counts the placement against its workers from now on."""
-        return Hold(self, placement, prompt_tokens)
+    def hold(self, placement: Placement, demand: Demand) -> Hold:
+        """Counts the request against its workers from now on."""
+        return Hold(self, placement, demand)
 
     def report_failure(self, instance: str) -> None:
         """A request could not reach the worker: puts it away and checks it at once."""
@@ -185,23 +187,23 @@ class FleetKeeper:
 
     # Placements, by way of Hold.
 
-    def _take(self, instance: str, tokens: int) -> _Part | None:
+    def _take(self, instance: str, tokens: int, kv_tokens: int = 0) -> _Part | None:
         worker = self._workers.get(instance)
         if worker is None:
             return None
-        worker.ours = worker.ours.plus(tokens)
-        worker.unseen = worker.unseen.plus(tokens)
+        worker.ours = worker.ours.plus(tokens, kv_tokens)
+        worker.unseen = worker.unseen.plus(tokens, kv_tokens)
         worker.placed += 1
         self._fleet = None
-        return _Part(worker, tokens)
+        return _Part(worker, tokens, kv_tokens)
 
     def _give_back(self, part: _Part | None) -> None:
         if part is not None:
             worker = part.worker
-            worker.ours = worker.ours.minus(part.tokens)
+            worker.ours = worker.ours.minus(part.tokens, part.kv_tokens)
             if part.reports == worker.reports:
                 # It came and went between two reports.
-                worker.unseen = worker.unseen.minus(part.tokens)
+                worker.unseen = worker.unseen.minus(part.tokens, part.kv_tokens)
             self._changed()
 
     # The registry.

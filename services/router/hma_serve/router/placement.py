@@ -20,15 +20,16 @@ Nothing here waits, retries or counts; the planner drives the same function on a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeVar
 
-from hma_serve.core.groups import packed_tokens
+from hma_serve.core.groups import GROUP_TOKENS, packed_tokens
 from hma_serve.core.request import Slo
-from hma_serve.core.worker import WorkerInfo, WorkerState
+from hma_serve.core.worker import WorkerInfo, WorkerLimits, WorkerState
 from hma_serve.router.fleet import Fleet, WorkerView
 from hma_serve.router.pairing import a_difference, compatible, difference, fallbacks, once_per_kind
 from hma_serve.router.prediction import (
@@ -70,6 +71,7 @@ class Demand:
         avoid: Instances that failed this request before; used only when no other will do.
         profile: What computed its prompt before it had to move, `LOCAL` for decode itself; None: nothing has yet.
         cached: Prompt tokens that a prefill worker's cache is known to hold, by instance.
+        emitted_tokens: Of the completion, computed before it had to move.
     """
 
     prompt_tokens: int
@@ -79,6 +81,7 @@ class Demand:
     avoid: frozenset[str] = frozenset()
     profile: str | None = None
     cached: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    emitted_tokens: int = 0
 
     @property
     def packed_tokens(self) -> int:
@@ -89,6 +92,16 @@ class Demand:
     def total_tokens(self) -> int:
         """Window that the request may fill."""
         return self.prompt_tokens + self.max_tokens
+
+    def kv_tokens(self, decode: WorkerLimits) -> int:
+        """Tokens of KV that a decode worker takes for it before it starts, at most.
+
+        All that it may ever need, or what it has and the first new token where memory is overcommitted; in whole
+        groups. That packed pages are smaller and those of a common prefix not taken again, only the worker's own
+        reports say.
+        """
+        needed = self.prompt_tokens + self.emitted_tokens + 1 if decode.overcommit else self.total_tokens
+        return math.ceil(needed / GROUP_TOKENS) * GROUP_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +223,7 @@ def _decode_fits(view: WorkerView, demand: Demand) -> bool:
     if not view.open or view.refused or view.requests >= limits.max_running + limits.max_waiting:
         return False
     # An idle worker decides for itself: refusing here what its own accounting would take could wait for ever.
-    return not view.kv_capacity or not view.requests or view.kv_tokens + demand.prompt_tokens <= view.kv_capacity
+    return not view.kv_capacity or not view.requests or view.kv_tokens + demand.kv_tokens(limits) <= view.kv_capacity
 
 
 def _prefill_fits(view: WorkerView) -> bool:
