@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc.aio
@@ -27,7 +26,6 @@ from support.decode_worker import (
     connected,
     emitted,
     first,
-    make_checkpoint,
     packed_kv,
     prompt,
     refusal,
@@ -37,25 +35,8 @@ from support.decode_worker import (
 )
 
 RECEIVERS = 2
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def worker(checkpoint: Path) -> Iterator[Worker]:
-    # Two slots each, fewer than the blocks of a prompt: slots must come back to whom they belong.
-    with running_worker(checkpoint, "--receivers", str(RECEIVERS), "--arena-slots", "2") as made:
-        yield made
-
-
-@pytest.fixture
-async def client(worker: Worker, checkpoint: Path) -> AsyncIterator[Client]:
-    async with connected(worker, checkpoint) as made:
-        yield made
-        await made.idle()
+# Two slots each, fewer than the blocks of a prompt: slots must come back to whom they belong.
+WORKER_ARGUMENTS = ("--receivers", str(RECEIVERS), "--arena-slots", "2")
 
 
 async def through_receiver(client: Client, request: decode_pb2.DecodeGenerateRequest) -> tuple[str, list[int]]:

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ from support.decode_worker import (
     connected,
     emitted,
     first,
-    make_checkpoint,
     prompt,
     refusal,
     refused_push,
@@ -58,24 +57,6 @@ from support.decode_worker import (
     running_worker,
 )
 from support.reference import reference_generate
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def worker(checkpoint: Path) -> Iterator[Worker]:
-    with running_worker(checkpoint) as made:
-        yield made
-
-
-@pytest.fixture
-async def client(worker: Worker, checkpoint: Path) -> AsyncIterator[Client]:
-    async with connected(worker, checkpoint) as made:
-        yield made
-        await made.idle()
 
 
 async def test_greedy_tokens_equal_those_of_transformers(client: Client, checkpoint: Path) -> None:

@@ -38,7 +38,6 @@ from support.decode_worker import (
     connected,
     emitted,
     first,
-    make_checkpoint,
     prompt,
     refusal,
     rest,
@@ -49,11 +48,6 @@ from support.reference import reference_generate
 from support.tiny_qwen3 import make_tiny_checkpoint
 
 NEW_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 def metric(cluster: Cluster, role: str, name: str) -> float:
