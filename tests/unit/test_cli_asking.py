@@ -69,7 +69,7 @@ def test_every_chat_command_is_told_by_help(capsys: pytest.CaptureFixture[str]) 
 
 
 def described() -> dict[str, completion_script.Described]:
-    names = ("up", "complete", "chat", "completion")
+    names = ("up", "complete", "chat", "kv", "completion")
     return completion_script.describe({name: COMMANDS[name] for name in names})
 
 
@@ -98,6 +98,13 @@ def completed_by_bash(line: str) -> list[str]:
         ("hma-serve up --data-dir ", ["FILES"]),
         ("hma-serve completion z", ["zsh"]),
         ("hma-serve complete --max", ["--max-tokens"]),
+        ("hma-serve kv v", ["verify", "vectors"]),
+        ("hma-serve kv encode --ro", ["--rows", "--rounding"]),
+        ("hma-serve kv encode --rounding ", ["nearest_even", "nearest_away", "truncate"]),
+        ("hma-serve kv encode --rounding=t", ["truncate"]),
+        ("hma-serve kv calibrate -o ", ["FILES"]),
+        ("hma-serve kv inspect out.kv --j", ["--json"]),
+        ("hma-serve kv nonsense --", ["--help"]),
         ("hma-serve nonsense --", []),
     ],
 )
@@ -108,14 +115,18 @@ def test_bash_completes(line: str, offers: list[str]) -> None:
 def test_zsh_and_fish_are_told_every_flag_of_every_command() -> None:
     zsh, fish = completion_script.zsh(described()), completion_script.fish(described())
     for name, command in described().items():
-        assert f"        {name}) _arguments " in zsh
+        assert f"        '{name}') _arguments " in zsh
         for flag in command.flags:
             for one in flag.names:
                 assert f"'{one}[" in zsh or f"'{one}=[" in zsh
                 letter = f"-l {one[2:]}" if one.startswith("--") else f"-s {one[1:]}"
-                assert f"__fish_seen_subcommand_from {name}' " in fish
+                said = f"{name} " if name == "kv" else f"{name} *"
+                assert f"__hma_serve_said \\'{said}\\'' " in fish
                 assert letter in fish
     assert "'--dtype=[decode'\\''s weights (default: bfloat16)]: :(bfloat16 float32)'" in zsh
+    assert "'1: :(encode decode inspect verify vectors calibrate)'" in zsh
+    assert "-n '__hma_serve_said \\'kv \\'' -a vectors -d 'write the golden vectors'" in fish
+    assert "-n __fish_use_subcommand -a kv " in fish
     assert "-l dtype -x -a 'bfloat16 float32' -d 'decode\\'s weights (default: bfloat16)'" in fish
 
 

@@ -71,19 +71,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(commands: Mapping[str, program.Command]) -> dict[str, Described]:
-    """Each command with what its own parser accepts."""
-    return {name: _described(command) for name, command in commands.items()}
+    """Each command with what its own parser accepts; a command's own commands go by both words: `kv encode`."""
+    described: dict[str, Described] = {}
+    for name, command in commands.items():
+        try:
+            parser: argparse.ArgumentParser = importlib.import_module(command.module).build_parser()
+        except ImportError:
+            described[name] = Described(command.summary)
+        else:
+            described |= _described(name, command.summary, parser)
+    return described
 
 
-def _described(command: program.Command) -> Described:
-    try:
-        parser: argparse.ArgumentParser = importlib.import_module(command.module).build_parser()
-    except ImportError:
-        return Described(command.summary)
-    actions = parser._actions  # argparse offers no public way to look at what was added
-    flags = tuple(_flag(action) for action in actions if action.option_strings)
-    words = tuple(str(choice) for action in actions if not action.option_strings for choice in action.choices or ())
-    return Described(command.summary, flags, words)
+def _described(name: str, summary: str, parser: argparse.ArgumentParser) -> dict[str, Described]:
+    # argparse offers no public way to look at what was added.
+    flags = tuple(_flag(action) for action in parser._actions if action.option_strings)
+    words: tuple[str, ...] = ()
+    below: dict[str, Described] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action._choices_actions:
+                below |= _described(f"{name} {one.dest}", one.help or "", action.choices[one.dest])
+        elif not action.option_strings:
+            words += tuple(map(str, action.choices or ()))
+    return {name: Described(summary, flags, words)} | below
+
+
+def _below(commands: Mapping[str, Described], name: str = "") -> dict[str, Described]:
+    """The commands of a command, or of the program, by their last word."""
+    parts = {path.rpartition(" "): command for path, command in commands.items()}
+    return {word: command for (outer, _, word), command in parts.items() if outer == name}
+
+
+def _two_words(commands: Mapping[str, Described]) -> str:
+    """The commands of commands, as a pattern of `case` in bash and zsh."""
+    return "|".join(_quoted(name) for name in commands if " " in name) or "''"
 
 
 def _flag(action: argparse.Action) -> Flag:
@@ -106,20 +128,26 @@ def bash(commands: Mapping[str, Described]) -> str:
         "    [[ $current == = ]] && current=",
         "    COMPREPLY=()",
         "    if (( COMP_CWORD == 1 )); then",
-        f'        COMPREPLY=($(compgen -W {_quoted(" ".join(commands))} -- "$current"))',
+        f'        COMPREPLY=($(compgen -W {_quoted(" ".join(_below(commands)))} -- "$current"))',
         "        return",
         "    fi",
-        '    case "${COMP_WORDS[1]} $previous" in',
+        "    local command=${COMP_WORDS[1]}",
+        "    if (( COMP_CWORD > 2 )); then",
+        '        case "$command ${COMP_WORDS[2]}" in',
+        f'            {_two_words(commands)}) command+=" ${{COMP_WORDS[2]}}" ;;',
+        "        esac",
+        "    fi",
+        '    case "$command $previous" in',
     ]
     for name, command in commands.items():
         for flag in command.flags:
             if flag.takes_value:
                 pattern = "|".join(_quoted(f"{name} {one}") for one in flag.names)
                 lines.append(f"        {pattern}) {_bash_values(flag)}; return ;;")
-    lines += ["    esac", '    case "${COMP_WORDS[1]}" in']
+    lines += ["    esac", '    case "$command" in']
     for name, command in commands.items():
-        words = [*command.words, *(one for flag in command.flags for one in flag.names)]
-        lines.append(f'        {name}) COMPREPLY=($(compgen -W {_quoted(" ".join(words))} -- "$current")) ;;')
+        words = [*_below(commands, name), *command.words, *(one for flag in command.flags for one in flag.names)]
+        lines.append(f'        {_quoted(name)}) COMPREPLY=($(compgen -W {_quoted(" ".join(words))} -- "$current")) ;;')
     lines += ["    esac", "}", "complete -F _hma_serve hma-serve", ""]
     return "\n".join(lines)
 
@@ -133,7 +161,7 @@ def _bash_values(flag: Flag) -> str:
 def zsh(commands: Mapping[str, Described]) -> str:
     """The script for zsh."""
     described = " ".join(
-        _quoted(name + ":" + command.summary.replace(":", "\\:")) for name, command in commands.items()
+        _quoted(name + ":" + command.summary.replace(":", "\\:")) for name, command in _below(commands).items()
     )
     lines = [
         "#compdef hma-serve",
@@ -146,12 +174,19 @@ def zsh(commands: Mapping[str, Described]) -> str:
         "    fi",
         "    shift words",
         "    (( CURRENT-- ))",
-        "    case $words[1] in",
+        "    local command=$words[1]",
+        "    if (( CURRENT > 2 )); then",
+        '        case "$command $words[2]" in',
+        f'            {_two_words(commands)}) command+=" $words[2]"; shift words; (( CURRENT-- )) ;;',
+        "        esac",
+        "    fi",
+        '    case "$command" in',
     ]
     for name, command in commands.items():
         specs = [_zsh_flag(one, flag) for flag in command.flags for one in flag.names]
-        specs += [_quoted(f"1: :({' '.join(command.words)})")] if command.words else []
-        lines.append(f"        {name}) _arguments {' '.join(specs)} ;;" if specs else f"        {name}) ;;")
+        words = [*_below(commands, name), *command.words]
+        specs += [_quoted(f"1: :({' '.join(words)})")] if words else []
+        lines.append(f"        {_quoted(name)}) {' '.join(['_arguments', *specs] if specs else [])} ;;")
     lines += [
         "    esac",
         "}",
@@ -178,15 +213,29 @@ def _zsh_flag(name: str, flag: Flag) -> str:
 
 def fish(commands: Mapping[str, Described]) -> str:
     """The script for fish."""
-    lines = ["complete -c hma-serve -f"]
+    lines = [
+        "# Whether the words before the cursor, each with a space behind it, are like this.",
+        "function __hma_serve_said",
+        "    set -l words (commandline -opc)",
+        "    set -e words[1]",
+        '    string match -q -- $argv[1] "$words "',
+        "end",
+        "complete -c hma-serve -f",
+    ]
     for name, command in commands.items():
-        lines.append(f"complete -c hma-serve -n __fish_use_subcommand -a {name} -d {_fish_quoted(command.summary)}")
+        outer, _, word = name.rpartition(" ")
+        place = _fish_said(f"{outer} ") if outer else "__fish_use_subcommand"
+        lines.append(f"complete -c hma-serve -n {place} -a {word} -d {_fish_quoted(command.summary)}")
     for name, command in commands.items():
-        condition = f"complete -c hma-serve -n {_fish_quoted(f'__fish_seen_subcommand_from {name}')}"
+        condition = f"complete -c hma-serve -n {_fish_said(f'{name} ' if _below(commands, name) else f'{name} *')}"
         if command.words:
             lines.append(f"{condition} -a {_fish_quoted(' '.join(command.words))}")
         lines += [f"{condition} {_fish_flag(flag)}" for flag in command.flags]
     return "\n".join([*lines, ""])
+
+
+def _fish_said(pattern: str) -> str:
+    return _fish_quoted(f"__hma_serve_said {_fish_quoted(pattern)}")
 
 
 def _fish_flag(flag: Flag) -> str:
