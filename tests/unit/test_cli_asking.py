@@ -124,6 +124,7 @@ def test_zsh_and_fish_are_told_every_flag_of_every_command() -> None:
                 assert f"__hma_serve_said \\'{said}\\'' " in fish
                 assert letter in fish
     assert "'--dtype=[decode'\\''s weights (default: bfloat16)]: :(bfloat16 float32)'" in zsh
+    assert "'--rounding=[default: nearest_even]: :(nearest_even nearest_away truncate)'" in zsh
     assert "'1: :(encode decode inspect verify vectors calibrate)'" in zsh
     assert "-n '__hma_serve_said \\'kv \\'' -a vectors -d 'write the golden vectors'" in fish
     assert "-n __fish_use_subcommand -a kv " in fish

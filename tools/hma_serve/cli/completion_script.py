@@ -109,10 +109,10 @@ def _two_words(commands: Mapping[str, Described]) -> str:
 
 
 def _flag(action: argparse.Action) -> Flag:
-    summary = "" if action.help in (None, argparse.SUPPRESS) else " ".join(str(action.help).split())
+    summary = "" if action.help in (None, argparse.SUPPRESS) else str(action.help) % vars(action)
     return Flag(
         names=tuple(action.option_strings),
-        summary=summary.replace("%%", "%"),
+        summary=" ".join(summary.split()),
         takes_value=action.nargs != 0,
         choices=tuple(map(str, action.choices or ())),
     )
