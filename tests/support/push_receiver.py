@@ -50,6 +50,7 @@ class Behaviour:
         hang_up_at: End the call after this block, and each that would resume it.
         silent: Never answer at all.
         deaf: Accept, and read nothing.
+        withholds: Acknowledge nothing and grant no more, and read all that comes.
         forgets: Know nothing of a stream that is resumed.
         accepted: Replaces the acceptance.
         ack: Replaces the first acknowledgement.
@@ -63,6 +64,7 @@ class Behaviour:
     hang_up_at: int | None = None
     silent: bool = False
     deaf: bool = False
+    withholds: bool = False
     forgets: bool = False
     accepted: pb.PushAccepted | None = None
     ack: pb.PushAck | None = None
@@ -180,6 +182,8 @@ class PushReceiver(grpc.GenericRpcHandler):
             await self._notify()
             if how.hang_up_at == stream.blocks:
                 return
+            if how.withholds:
+                continue
             if how.refuse_at == stream.blocks and how.refusal is not None:
                 yield pb.PushResponse(refused=pb.PushRefused(error=error_detail(how.refusal)))
                 return

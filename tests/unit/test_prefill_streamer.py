@@ -405,6 +405,31 @@ async def test_a_lost_stream_goes_on_after_the_last_block_that_arrived(
     assert sum(stream.sizes) == sent == LAYERS * LAYOUT.layer_bytes(TOKENS)
 
 
+async def test_a_lost_stream_goes_on_no_faster_than_the_receiver_lets_it_now(
+    arena: Arena, channels: ChannelCache, receiver: PushReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was sent on credit before the loss is sent again on the new call's, which may be less."""
+    monkeypatch.setattr(streamer_module, "BEST_PAYLOAD_BYTES", UNIT)
+    how = receiver.behaviour = Behaviour(window=8 * UNIT, withholds=True)
+    host, _, port = receiver.address.rpartition(":")
+    with TcpProxy((host, int(port))) as proxy:
+        sender = Sender(arena, channels, f"127.0.0.1:{proxy.port}")
+        async with sender.streamer(resume=PATIENT) as streamer:
+            sending = asyncio.create_task(streamer.send_layer(layer_done(0)))
+            before = await receiver.stream(TICKET, blocks=8)
+            proxy.cut()
+            await before.ended.wait()
+            receiver.streams.clear()  # it need not keep what it has not acknowledged
+            how.window = 2 * UNIT
+            proxy.heal()
+            resumed = await receiver.stream(TICKET, blocks=2)
+            # A third would be refused.
+            await asyncio.wait((sending,), timeout=STALL)
+            assert not sending.done()
+            assert resumed.sizes == [UNIT, UNIT]
+            sending.cancel()
+
+
 async def test_a_receiver_that_has_lost_what_it_acknowledged_ends_the_request(
     arena: Arena, channels: ChannelCache, receiver: PushReceiver
 ) -> None:
