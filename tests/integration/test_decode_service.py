@@ -194,7 +194,8 @@ async def test_a_cancelled_stream_gives_its_pages_back(client: Client) -> None:
     assert (await first(call)).HasField("ticket")
     assert (await client.load(lambda load: load.running == 1)).kv_used_tokens >= 920
     call.cancel()
-    assert (await client.idle()).kv_used_tokens == 0
+    idle = await client.idle()
+    assert idle.kv_free_tokens == idle.kv_capacity_tokens > 0
 
 
 async def test_cancelling_before_the_kv_refuses_its_stream(client: Client) -> None:

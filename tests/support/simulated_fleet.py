@@ -101,6 +101,7 @@ class SimulatedDecode(SimulatedWorker):
             running=self.batch,
             kv_used_tokens=self.reserved,
             kv_capacity_tokens=self.kv_tokens,
+            kv_free_tokens=self.kv_tokens - self.reserved,
             context_tokens=self.context,
             cost=self.cost,
         )

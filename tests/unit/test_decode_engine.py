@@ -494,6 +494,7 @@ def test_load_is_reported_when_it_changes(harness: Harness) -> None:
     (load,) = [event.load for event in harness.events if event.HasField("load")]
     assert (load.running, load.waiting) == (0, 1)
     assert load.kv_used_tokens == harness.pool.used_tokens > 0
+    assert load.kv_free_tokens == harness.pool.capacity_tokens - load.kv_used_tokens
     harness.turn()
     assert harness.events == []
     harness.turn(close(1))
@@ -600,13 +601,16 @@ def test_the_youngest_begins_again_when_overcommitted_memory_runs_out(overlap: b
         harness.turn(end_push(10 + stream))
     packed = {number: each.sequence.pages.packed_k for number, each in harness.engine._streams.items()}
     preempted: set[int] = set()
+    free = harness.pool.capacity_tokens
     steps_before = harness.runner.steps.copy()
     while harness.patience == 0:
         harness.turn()
+        free = next((event.load.kv_free_tokens for event in reversed(harness.events) if event.HasField("load")), free)
         harness.pool.check_integrity()
         running = {sequence.stream for sequence in harness.engine._scheduler}
         for number in harness.engine._streams.keys() - running:
             if not preempted:
+                assert free == 0
                 assert harness.failure(harness.turn(admit(9, 70, 64))).code == "resource_exhausted"
             preempted.add(number)
             # Its packed prompt stays where it was.

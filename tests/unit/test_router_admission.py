@@ -262,7 +262,7 @@ async def test_a_cancelled_waiter_leaves_the_queue() -> None:
 @virtual
 async def test_when_the_first_in_line_leaves_or_gives_up_the_next_is_served(leaves: bool) -> None:
     room = Room(1)
-    room.load = Load(running=1, kv_used_tokens=80, kv_capacity_tokens=160)
+    room.load = Load(running=1, kv_capacity_tokens=160, kv_free_tokens=80)
     admission = Admission(room)
     large = acquire(admission, Demand(100, 1), deadline=START + 5)
     small = acquire(admission, Demand(33, 1))

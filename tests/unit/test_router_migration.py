@@ -106,7 +106,7 @@ async def test_a_worker_without_room_for_what_was_emitted_is_not_asked() -> None
     info = fake_worker(WorkerRole.DECODE, address="127.0.0.1:0", kv_capacity_tokens=192, overcommit=True)
     first, nearly_full = FakeDecode(replace(info, instance="first")), FakeDecode(replace(info, instance="nearly full"))
     # Room for the prompt and a token more, not for 30.
-    nearly_full.load.running, nearly_full.load.kv_used_tokens = 1, 64
+    nearly_full.load.running, nearly_full.load.kv_free_tokens = 1, 128
     async with running_pipeline(first, nearly_full) as (pipeline, _):
         first.break_after = 30
         deltas, end = await whole(pipeline, request(max_tokens=40))

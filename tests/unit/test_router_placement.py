@@ -80,8 +80,8 @@ def test_what_this_router_has_there_is_a_lower_bound() -> None:
 
 
 def test_memory_counts_as_much_as_slots() -> None:
-    nearly_full = decode("d1", load=Load(running=1, kv_used_tokens=900, kv_capacity_tokens=1000))
-    busier = decode("d2", load=Load(running=4, kv_used_tokens=100, kv_capacity_tokens=1000))
+    nearly_full = decode("d1", load=Load(running=1, kv_used_tokens=900, kv_capacity_tokens=1000, kv_free_tokens=100))
+    busier = decode("d2", load=Load(running=4, kv_used_tokens=100, kv_capacity_tokens=1000, kv_free_tokens=900))
     assert chosen(place(SHORT, Fleet(decodes=(nearly_full, busier)), NOW)) == ("d2", None)
 
 
@@ -255,7 +255,7 @@ def test_a_full_prefill_pool_makes_long_prompts_wait_and_short_ones_not() -> Non
         {"load": Load(running=7, waiting=1)},
         {"ours": Share(8, 8)},
         {"refused": True},
-        {"load": Load(running=1, kv_used_tokens=950, kv_capacity_tokens=1000)},
+        {"load": Load(running=1, kv_capacity_tokens=1000, kv_free_tokens=50)},
         {"load": None, "away_since": NOW},
         {"away_since": NOW - RECOVERY_SECONDS + 1},
     ],
@@ -285,7 +285,7 @@ def test_a_briefly_absent_prefill_is_waited_for_rather_than_replaced_by_decode()
 
 
 def test_memory_counts_for_all_that_a_request_may_need_or_overcommitted_for_what_it_has() -> None:
-    nearly_full = decode(load=Load(running=1, kv_used_tokens=500, kv_capacity_tokens=1000))
+    nearly_full = decode(load=Load(running=1, kv_capacity_tokens=1000, kv_free_tokens=500))
     overcommitted = replace(nearly_full, info=fake_worker(WorkerRole.DECODE, instance="d1", overcommit=True))
     fits, grows = Demand(32, 448), Demand(32, 449)
     assert chosen(place(fits, Fleet(decodes=(nearly_full,)), NOW)) == ("d1", None)
@@ -296,7 +296,7 @@ def test_memory_counts_for_all_that_a_request_may_need_or_overcommitted_for_what
 
 
 def test_memory_that_is_reported_counts_as_it_is_and_no_more() -> None:
-    packed = decode(load=Load(running=1, kv_used_tokens=500, kv_capacity_tokens=1000), ours=Share(1, 900, 0.0, 960))
+    packed = decode(load=Load(running=1, kv_capacity_tokens=1000, kv_free_tokens=500), ours=Share(1, 900, 0.0, 960))
     assert chosen(place(SHORT, Fleet(decodes=(packed,)), NOW)) == ("d1", None)
     more = replace(packed, ours=Share(2, 1800, 0.0, 1920))
     assert refused(place(SHORT, Fleet(decodes=(more,)), NOW)) is Why.BUSY

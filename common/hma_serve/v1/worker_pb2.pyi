@@ -361,7 +361,7 @@ class WorkerLoad(_message.Message):
     context_tokens: _builtins.int
     """Decode: tokens of context over the requests of the batch, which every step reads."""
     kv_free_tokens: _builtins.int
-    """Decode: tokens of KV that are free."""
+    """Decode: tokens of KV that are free for new requests; 0 while requests that hold some wait for more."""
     @_builtins.property
     def cost(self) -> Global___CostModel: ...
     @_builtins.property

@@ -695,6 +695,7 @@ class DecodeEngineLoad(_message.Message):
     LATE_BLOCKS_FIELD_NUMBER: _builtins.int
     EXPIRED_TICKETS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    KV_FREE_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """In the batch."""
     waiting: _builtins.int
@@ -712,6 +713,8 @@ class DecodeEngineLoad(_message.Message):
     expired_tickets: _builtins.int
     preemptions: _builtins.int
     """Since the start: sequences that lost their computed pages and begin again from their prompts."""
+    kv_free_tokens: _builtins.int
+    """For new requests."""
     @_builtins.property
     def cost(self) -> _worker_pb2.CostModel: ...
     def __init__(
@@ -727,10 +730,11 @@ class DecodeEngineLoad(_message.Message):
         late_blocks: _builtins.int = ...,
         expired_tickets: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        kv_free_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "expired_tickets", b"expired_tickets", "kv_used_tokens", b"kv_used_tokens", "late_blocks", b"late_blocks", "preemptions", b"preemptions", "running", b"running", "step_seconds", b"step_seconds", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "expired_tickets", b"expired_tickets", "kv_free_tokens", b"kv_free_tokens", "kv_used_tokens", b"kv_used_tokens", "late_blocks", b"late_blocks", "preemptions", b"preemptions", "running", b"running", "step_seconds", b"step_seconds", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,6 +43,11 @@ class Commitment(Protocol):
         """How often one was paused."""
         ...
 
+    @property
+    def free_tokens(self) -> int:
+        """Unquantised tokens that are free for new requests."""
+        ...
+
     def reserve(self, need: Need, keys: Items[bytes], tokens: int) -> Reservation:
         """Takes a request's first pages.
 
@@ -88,6 +93,11 @@ class FullCommitment:
         self._pool = pool
         self._scheduler = scheduler
 
+    @property
+    def free_tokens(self) -> int:
+        """See `Commitment`."""
+        return self._pool.free_tokens
+
     def reserve(self, need: Need, keys: Items[bytes], tokens: int) -> Reservation:
         """See `Commitment`."""
         if not self._pool.can_reserve(need, keys):
@@ -125,6 +135,11 @@ class OverCommitment:
     def paused(self) -> int:
         """See `Commitment`."""
         return len(self._paused())
+
+    @property
+    def free_tokens(self) -> int:
+        """See `Commitment`."""
+        return 0 if self._paused() else self._pool.free_tokens
 
     def reserve(self, need: Need, keys: Items[bytes], tokens: int) -> Reservation:
         """See `Commitment`."""

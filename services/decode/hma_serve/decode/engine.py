@@ -432,6 +432,7 @@ class Engine:
             running,
             len(self._streams) - running,
             self._pool.used_tokens,
+            self._commitment.free_tokens,
             self._late_blocks,
             self._expired_tickets,
         )
@@ -443,6 +444,7 @@ class Engine:
             running=counts[0],
             waiting=counts[1],
             kv_used_tokens=counts[2],
+            kv_free_tokens=counts[3],
             step_seconds=self._meter.mean_seconds,
             steps=self._meter.steps,
             preemptions=self._commitment.pauses,

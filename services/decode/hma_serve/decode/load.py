@@ -30,7 +30,7 @@ class Load(WatchedLoad):
             waiting=engine.waiting,
             kv_used_tokens=engine.kv_used_tokens,
             kv_capacity_tokens=self.kv_capacity_tokens,
-            kv_free_tokens=max(0, self.kv_capacity_tokens - engine.kv_used_tokens),
+            kv_free_tokens=engine.kv_free_tokens,
             context_tokens=engine.context_tokens,
             step_seconds=engine.step_seconds,
             cost=engine.cost,

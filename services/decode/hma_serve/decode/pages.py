@@ -214,6 +214,11 @@ class PagePool:
         """
         return math.ceil(self._slabs.live_quanta * GROUP_TOKENS / (2 * self._plain_stride))
 
+    @property
+    def free_tokens(self) -> int:
+        """Memory that is not held, in unquantised tokens; pieces of extents that only another codec fits count too."""
+        return self.capacity_tokens - self.used_tokens
+
     def order(self, page_format: str, role: Role) -> PageOrder:
         """How pages of a codec lie in memory."""
         return self._orders[page_format, role]

@@ -25,7 +25,7 @@ class Load:
         queued_tokens: Prefill: tokens waiting or being computed.
         kv_used_tokens: Decode: tokens of KV held.
         kv_capacity_tokens: Decode: tokens of KV that fit.
-        kv_free_tokens: Decode: tokens of KV that are free.
+        kv_free_tokens: Decode: tokens of KV that are free for new requests.
         context_tokens: Decode: tokens that a step of the batch reads.
         queue_seconds: Prefill: until what it holds is computed, as its own model sees it.
         step_seconds: Running mean of a decode step.
@@ -171,6 +171,11 @@ class WorkerView:
         """
         reported = self.load.kv_used_tokens if self.load else 0
         return reported + self.unreported.kv_tokens
+
+    @property
+    def kv_free_tokens(self) -> int:
+        """Decode: tokens of KV that are left for another request."""
+        return (self.load.kv_free_tokens if self.load else 0) - self.unreported.kv_tokens
 
     @property
     def kv_capacity(self) -> int:

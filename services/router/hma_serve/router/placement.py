@@ -223,7 +223,7 @@ def _decode_fits(view: WorkerView, demand: Demand) -> bool:
     if not view.open or view.refused or view.requests >= limits.max_running + limits.max_waiting:
         return False
     # An idle worker decides for itself: refusing here what its own accounting would take could wait for ever.
-    return not view.kv_capacity or not view.requests or view.kv_tokens + demand.kv_tokens(limits) <= view.kv_capacity
+    return not view.kv_capacity or not view.requests or demand.kv_tokens(limits) <= view.kv_free_tokens
 
 
 def _prefill_fits(view: WorkerView) -> bool:
