@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 from aiohttp import ClientResponse, ClientSession
 from google.protobuf.duration_pb2 import Duration
+from prometheus_client import Counter
 
 from hma_serve.core.errors import (
     DataLoss,
@@ -27,7 +28,7 @@ from hma_serve.core.errors import (
 )
 from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.router import attempt
-from hma_serve.router.admission import Held
+from hma_serve.router.admission import Held, Shed
 from hma_serve.router.completion import CompletionRequest, Started
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
@@ -216,13 +217,61 @@ async def test_a_bug_of_ours_is_counted_as_one(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(pipeline.admission, "_policy", broken)
         with pytest.raises(ZeroDivisionError):
             await tokens(pipeline, request())
-        counted = {
-            sample.labels["outcome"]: sample.value
-            for metric in pipeline.metrics.requests.collect()
-            for sample in metric.samples
-            if sample.name.endswith("_total")
-        }
-        assert counted == {"internal": 1.0}
+        assert counted(pipeline.metrics.requests) == {("internal",): 1}
+        assert counted(pipeline.metrics.slo) == objectives("missed", 1)
+
+
+def counted(metric: Counter) -> dict[tuple[str, ...], float]:
+    """A counter's values by their labels."""
+    samples = [sample for family in metric.collect() for sample in family.samples]
+    return {tuple(sample.labels.values()): sample.value for sample in samples if sample.name.endswith("_total")}
+
+
+def objectives(outcome: str, completions: int) -> dict[tuple[str, ...], float]:
+    """What is counted of completions of which the router's default objectives are asked."""
+    return {(objective, outcome): completions for objective in ("ttft", "tpot", "all")}
+
+
+@pytest.mark.parametrize(
+    ("failure", "missed"),
+    [
+        (DataLoss("a page was lost"), objectives("missed", 2)),
+        (InvalidArgument("no such schema"), {}),
+    ],
+)
+async def test_what_fails_but_by_the_clients_fault_has_missed_its_objectives(
+    failure: HmaError, missed: dict[tuple[str, ...], float]
+) -> None:
+    decode = FakeDecode()
+    decode.fail_after, decode.failure = 1, failure
+    async with running_pipeline(decode) as (pipeline, _):
+        with pytest.raises(HmaError):
+            await tokens(pipeline, replace(request(), n=2))
+        assert counted(pipeline.metrics.slo) == missed
+
+
+async def test_what_is_shed_has_missed_its_objectives() -> None:
+    decode = FakeDecode()
+    decode.load.running = decode.info.limits.max_running
+    async with running_pipeline(decode, max_wait=0.05) as (pipeline, _):
+        with pytest.raises(Shed):
+            await tokens(pipeline, replace(request(), n=2))
+        assert counted(pipeline.metrics.shed) == {("waited_too_long",): 1}
+        assert counted(pipeline.metrics.slo) == objectives("missed", 2)
+
+
+async def test_what_a_drain_cuts_off_has_missed_its_objectives_and_what_had_ended_has_not() -> None:
+    decode = FakeDecode()
+    async with running_pipeline(decode) as (pipeline, _):
+        await tokens(pipeline, request())
+        decode.stall_after = 1
+        task = asyncio.create_task(tokens(pipeline, request()))
+        await decode.until_active()
+        await pipeline.completions.drain(0.05)
+        with pytest.raises(Unavailable):
+            await task
+        assert counted(pipeline.metrics.requests) == {("ok",): 1, ("unavailable",): 1}
+        assert counted(pipeline.metrics.slo) == objectives("attained", 1) | objectives("missed", 1)
 
 
 async def test_leaving_early_cancels_both_legs() -> None:
@@ -235,6 +284,8 @@ async def test_leaving_early_cancels_both_legs() -> None:
             await task
         await fleet.until_idle()
         assert fleet.prefills[0].cancelled == fleet.decodes[0].cancelled == 1
+        assert counted(pipeline.metrics.requests) == {("cancelled",): 1}
+        assert counted(pipeline.metrics.slo) == {}
 
 
 async def test_prompt_tokens_that_decode_holds_need_no_prefill() -> None:
@@ -381,6 +432,9 @@ async def test_grpc_cancellation_and_deadline_free_both_workers() -> None:
             fleet.prefills[1].stalled = True
             [event async for event in stub.Generate(grpc_request(), timeout=0.2)]
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await fleet.until_idle()
+        assert counted(pipeline.metrics.requests) == {("cancelled",): 1, ("deadline_exceeded",): 1}
+        assert counted(pipeline.metrics.slo) == objectives("missed", 1)
 
 
 async def test_grpc_lists_the_models() -> None:

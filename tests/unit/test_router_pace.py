@@ -41,6 +41,22 @@ async def test_what_was_attained_and_predicted_is_counted() -> None:
 
 
 @virtual
+async def test_a_failure_counts_for_what_had_not_ended() -> None:
+    registry = CollectorRegistry()
+    metrics = router_metrics(registry)
+    done, begun = (Pace(metrics, Slo(ttft=1.0), asyncio.get_running_loop().time()) for _ in range(2))
+    for pace in (done, begun):
+        pace.note(1)
+    done.finish()
+    done.fail()
+    begun.fail()
+    for objective in ("ttft", "all"):
+        for outcome in ("attained", "missed"):
+            assert registry.get_sample_value("hma_router_slo_total", {"objective": objective, "outcome": outcome}) == 1
+    assert registry.get_sample_value("hma_router_slo_total", {"objective": "tpot", "outcome": "missed"}) is None
+
+
+@virtual
 async def test_without_objectives_or_measurements_nothing_is_compared() -> None:
     registry = CollectorRegistry()
     pace = Pace(router_metrics(registry), Slo(), asyncio.get_running_loop().time())

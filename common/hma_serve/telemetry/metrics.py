@@ -109,7 +109,8 @@ def router_metrics(registry: CollectorRegistry = REGISTRY) -> RouterMetrics:
         ),
         slo=counter(
             "slo_total",
-            "Completions by objective (ttft, tpot; all: each one that was asked for) and outcome (attained, missed).",
+            "Completions by objective (ttft, tpot; all: each one that was asked for) and outcome (attained, missed); "
+            "one that failed or was shed, but not by the client's fault, missed all of them.",
             "objective",
             "outcome",
         ),

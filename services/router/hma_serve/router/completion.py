@@ -16,12 +16,20 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hma_serve.core.errors import ContextLengthExceeded, HmaError, Internal, InvalidArgument, NotFound, Unavailable
+from hma_serve.core.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    HmaError,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from hma_serve.core.request import MAX_SEED, SamplingParams, Slo, StopConditions
 from hma_serve.router.admission import Shed
 from hma_serve.router.attempt import Job
 from hma_serve.router.conversation import with_roles_of
-from hma_serve.router.dispatch import Dispatcher, Ended, Placed, Tokens
+from hma_serve.router.dispatch import CLIENTS_FAULT, Dispatcher, Ended, Placed, Tokens
 from hma_serve.router.fleet import Fleet
 from hma_serve.router.generated_text import GeneratedText
 from hma_serve.router.merge import merge
@@ -37,6 +45,8 @@ from hma_serve.v1 import common_pb2
 _log = logging.getLogger(__name__)
 
 _CUT_SECONDS = 2.0
+# A call's deadline may be seen a little earlier than by our clock.
+_CLOCK_SLACK = 0.05
 
 MAX_COMPLETIONS = 32
 """Completions that one request may ask for: prompts times `n`."""
@@ -359,9 +369,12 @@ class Completions:
         loop = asyncio.get_running_loop()
         task = self._begin()
         outcome = "cancelled"
+        failure: Exception | None = None
         started = False
+        paces = [Pace(self._metrics, job.slo, job.arrived) for job in prepared.jobs]
         try:
-            streams = [self._completion(index, job) for index, job in enumerate(prepared.jobs)]
+            paced = zip(prepared.jobs, paces, strict=True)
+            streams = [self._completion(index, job, pace) for index, (job, pace) in enumerate(paced)]
             async with aclosing(merge(streams)) as events:
                 async for event in events:
                     if not started:
@@ -372,24 +385,33 @@ class Completions:
             outcome = "ok"
         except asyncio.CancelledError:
             if not self._cutting:
+                if loop.time() >= prepared.jobs[0].deadline - _CLOCK_SLACK:
+                    # gRPC itself ends a call whose time is up, and nobody is there to be told.
+                    failure = DeadlineExceeded("the request's deadline passed")
                 raise
             # The drain cancelled the task to get here; the client is told instead of cut off.
             task.uncancel()
-            raise Unavailable("this router is shutting down", retry_after=1.0) from None
-        except HmaError as exc:
-            outcome = exc.code
-            if isinstance(exc, Shed):
-                self._metrics.shed.labels(exc.reason).inc()
-            raise
-        except Exception:
-            outcome = Internal.code
+            failure = Unavailable("this router is shutting down", retry_after=1.0)
+            raise failure from None
+        except Exception as exc:
+            failure = exc
             raise
         finally:
             self._end(task)
+            if failure is not None:
+                outcome = failure.code if isinstance(failure, HmaError) else Internal.code
+                self._count_failure(failure, paces)
             self._metrics.requests.labels(outcome).inc()
             if outcome == "ok":
                 self._metrics.prompt_tokens.inc(prepared.prompt_tokens)
                 self._metrics.request_seconds.observe(loop.time() - prepared.jobs[0].arrived)
+
+    def _count_failure(self, failure: Exception, paces: Iterable[Pace]) -> None:
+        if isinstance(failure, Shed):
+            self._metrics.shed.labels(failure.reason).inc()
+        if not isinstance(failure, CLIENTS_FAULT):
+            for pace in paces:
+                pace.fail()
 
     def _begin(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()
@@ -405,9 +427,8 @@ class Completions:
         if not self._running:
             self._idle.set()
 
-    async def _completion(self, index: int, job: Job) -> AsyncGenerator[Event, None]:
+    async def _completion(self, index: int, job: Job, pace: Pace) -> AsyncGenerator[Event, None]:
         text = GeneratedText(self.model.tokenizer, job.stop)
-        pace = Pace(self._metrics, job.slo, job.arrived)
         produced = cached = 0
         async with aclosing(self._dispatcher.run(job)) as steps:
             async for step in steps:

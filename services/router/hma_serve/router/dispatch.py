@@ -42,10 +42,12 @@ from hma_serve.v1 import common_pb2
 
 _log = logging.getLogger(__name__)
 
-_CLIENTS_FAULT = (InvalidArgument, PayloadTooLarge)
 _RETRY_AFTER = 1.0
 _LOOK_AGAIN = 0.5
 _CLOCK_SLACK = 0.5
+
+CLIENTS_FAULT = (InvalidArgument, PayloadTooLarge)
+"""Failures that the request itself is to blame for, on any worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +319,7 @@ def _told(placement: Placement) -> dict[str, Attribute]:
 
 def _hopeless(failed: AttemptFailed, job: Job) -> bool:
     """Whether another pair would say the same, or too late."""
-    return isinstance(failed.error, _CLIENTS_FAULT) or _out_of_time(failed, job)
+    return isinstance(failed.error, CLIENTS_FAULT) or _out_of_time(failed, job)
 
 
 def _out_of_time(failed: AttemptFailed, job: Job) -> bool:
@@ -330,6 +332,6 @@ def _final(failed: AttemptFailed, job: Job) -> HmaError:
     """What the client is told: its own faults, overload and bugs as they are, anything else as unavailability."""
     if _out_of_time(failed, job):
         return DeadlineExceeded("the request's deadline passed")
-    if isinstance(failed.error, (*_CLIENTS_FAULT, ResourceExhausted, Internal)):
+    if isinstance(failed.error, (*CLIENTS_FAULT, ResourceExhausted, Internal)):
         return failed.error
     return Unavailable(f"the {failed.leg} worker failed: {failed.error.message}", retry_after=_RETRY_AFTER)

@@ -1,4 +1,8 @@
-"""Times one completion's tokens and compares them with what was promised and predicted."""
+"""Times one completion's tokens and compares them with what was promised and predicted.
+
+What fails has missed every objective that it had; or else a router that sheds all that comes would seem to serve
+everyone in time.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ class Pace:
         self._first = 0.0
         self._last = 0.0
         self._ttft = 0.0
+        self._finished = False
 
     def placed(self, prediction: Prediction) -> None:
         """It begins; what is predicted of a later attempt is of no interest."""
@@ -46,6 +51,7 @@ class Pace:
 
     def finish(self) -> None:
         """The completion ended."""
+        self._finished = True
         if not self._tokens:
             return
         tpot = (self._last - self._first) / (self._tokens - 1) if self._tokens > 1 else None
@@ -56,6 +62,16 @@ class Pace:
         self._compare("tpot", tpot, self._slo.tpot, predicted.tpot)
         met = self._ttft <= (self._slo.ttft or self._ttft) and (tpot or 0.0) <= (self._slo.tpot or tpot or 0.0)
         self._metrics.slo.labels("all", "attained" if met else "missed").inc()
+
+    def fail(self) -> None:
+        """Its request failed or was shed, by no fault of the client's; a completion that ended before stands."""
+        if self._finished:
+            return
+        self._finished = True
+        for objective, aim in (("ttft", self._slo.ttft), ("tpot", self._slo.tpot)):
+            if aim is not None:
+                self._metrics.slo.labels(objective, "missed").inc()
+        self._metrics.slo.labels("all", "missed").inc()
 
     def _compare(self, objective: str, took: float | None, aim: float | None, predicted: float) -> None:
         if took is None:
