@@ -38,7 +38,8 @@ async def test_a_long_prompt_goes_through_both_workers(stack: Stack) -> None:
         assert not worker.calls[0].context.HasField("deadline")
         [left] = worker.seconds_left
         assert left is not None
-        assert 0 < left <= RouterConfig(registry="-").request_timeout
+        # gRPC may round a timeout of this length up to the next second.
+        assert 0 < left <= RouterConfig(registry="-").request_timeout + 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])
