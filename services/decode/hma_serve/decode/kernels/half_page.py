@@ -65,6 +65,19 @@ def filled(value, COUNT: tl.constexpr):
 
 
 @triton.jit
+def no_half(D: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr):
+    """As many registers as `load_half` gives, of nothing."""
+    GROUPS: tl.constexpr = D // 16
+    K_WORDS: tl.constexpr = 2 if K_SCALES == TOKENS else GROUPS // 2 + (1 if K_SCALES == CODES else 0)
+    V_WORDS: tl.constexpr = 2 if V_SCALES == TOKENS else GROUPS if V_SCALES == POWERS else GROUPS // 2 + 1
+    nothing = tl.zeros([32], tl.int32)
+    words = ()
+    for _ in tl.static_range(4 * GROUPS + K_WORDS + V_WORDS):
+        words = words + (nothing,)
+    return words
+
+
+@triton.jit
 def load_half(
     key, value, half, lane, D: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, PTX: tl.constexpr
 ):

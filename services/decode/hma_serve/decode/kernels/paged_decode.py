@@ -10,7 +10,9 @@ a head of a token, and there are as many *tiles* of eight columns as that takes.
 asks, so only plain ones are masked, column by column.
 
 Packed pages do not change while a step runs, nor do lengths and tables, so a program finds its place and begins to load
-before the kernel in front of it, which writes queries and the step's own tokens, is over.
+before the kernel in front of it, which writes queries and the step's own tokens, is over: half a page into registers,
+the other half and the first plain page into L2, where that kernel's stores arrive, too. The assembler moves loads
+behind a wait unless there is a branch between.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from hma_serve.decode.kernels.half_page import (
     INTEGERS,
     NOTHING,
     POWERS,
+    TOKENS,
     filled,
     load_half,
+    no_half,
     packed_half,
     plain_half,
 )
 from hma_serve.decode.kernels.page_sharing import column_place, fold
-from hma_serve.decode.kernels.warp import multiply_bf16, sum_over_rows
+from hma_serve.decode.kernels.warp import multiply_bf16, sum_over_rows, to_l2
 
 _HALF_OF_120_BF16 = tl.constexpr(0x5D805D80)
 UNIT_WORDS = tl.constexpr(4)
@@ -87,6 +91,8 @@ def attend(
     V_INTEGER: tl.constexpr = 2.0**-6 if V_SCALES == POWERS else 2.0**56 if V_SCALES == CODES else 1.0
     K_FACTOR: tl.constexpr = HALF_OF_120 if K_ELEMENTS == E4M3 else K_INTEGER
     V_FACTOR: tl.constexpr = HALF_OF_120 if V_ELEMENTS == E4M3 else V_INTEGER
+    K_SCALE_BYTES: tl.constexpr = 128 if K_SCALES == TOKENS else 2 * D
+    V_SCALE_BYTES: tl.constexpr = 128 if V_SCALES == TOKENS else 2 * D
     lane = tl.arange(0, 32)
     program = tl.program_id(0)
     unit = tl.load(BEGIN + program)
@@ -113,9 +119,18 @@ def attend(
             memory = MEMORY + head.to(tl.int64) * head_words
             k = memory + tl.load(ktable + page).to(tl.int64) * UNIT_WORDS
             v = memory + tl.load(vtable + page).to(tl.int64) * UNIT_WORDS
-            # If the page is not packed this is in vain, and what it reads may just be written.
-            held = load_half(k, v, 0, lane, D, K_SCALES, V_SCALES, PTX)
+            held = no_half(D, K_SCALES, V_SCALES)
+            if page < packed:
+                held = load_half(k, v, 0, lane, D, K_SCALES, V_SCALES, PTX)
+                if PTX:
+                    # No registers are left for more, so that goes as far as L2.
+                    to_l2(k + 4 * D, 16 * D + K_SCALE_BYTES, lane)
+                    to_l2(v + 4 * D, 16 * D + V_SCALE_BYTES, lane)
             if PTX:
+                if stop > packed:
+                    plain = tl.maximum(page, packed)
+                    to_l2(memory + tl.load(ktable + plain).to(tl.int64) * UNIT_WORDS, 64 * D, lane)
+                    to_l2(memory + tl.load(vtable + plain).to(tl.int64) * UNIT_WORDS, 64 * D, lane)
                 gdc_wait()
                 gdc_launch_dependents()
             columns = (more + 1) * G

@@ -83,6 +83,24 @@ def load_words(pointers, WORDS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def to_l2(pointer, size, lane):
+    """Brings so many bytes, a multiple of 16, into L2; a hint, for a kernel in PTX alone."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.eq.s32 p, $3, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [pointer + lane * 0, size + lane * 0, lane],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _low_half(x):
     return (x << 16) >> 16
 
