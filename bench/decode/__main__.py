@@ -7,7 +7,7 @@ part, so a run that is cut short keeps what it had.
 Parts `8B` to `4B` are whole steps (b); format `bf16` there is the same step with its KV materialised, so (c) is read
 off both. Part `attention` is (a) for block float, `codecs` for other formats, `beside` what flex_attention and
 FlashInfer take at the same points. `extend` is several query tokens of a sequence, read together or each for itself,
-`8B-extend` a step with that, and `fold` who adds the parts of a (row, head).
+`8B-extend` a step with that.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from bench.decode import attention, beside, extend, fold, step
+from bench.decode import attention, beside, extend, step
 from bench.decode.picture import picture
 from bench.decode.timing import copy_bandwidth
 from bench.figures import provenance
 
-PARTS = ("8B", "attention", "extend", "fold", "8B-extend", "32B", "14B", "4B", "codecs", "beside")
-TABLES = ("attention", "steps", "extend", "fold", "extend_steps", "beside")
-COMPILED: dict[str, list[Any]] = {**attention.COMPILED, "extend": extend.COMPILED, "fold": fold.COMPILED}
+PARTS = ("8B", "attention", "extend", "8B-extend", "32B", "14B", "4B", "codecs", "beside")
+TABLES = ("attention", "steps", "extend", "extend_steps", "beside")
+COMPILED: dict[str, list[Any]] = {**attention.COMPILED, "extend": extend.COMPILED}
 
 
 def main() -> int:
@@ -82,8 +82,6 @@ def _measure(copy: float, part: str) -> tuple[str, Iterator[Any]]:
         return "attention", attention.measure(copy, part)
     if part == "extend":
         return "extend", extend.measure()
-    if part == "fold":
-        return "fold", fold.measure(copy)
     if part == "beside":
         return "beside", beside.measure()
     if part == "8B-extend":
@@ -136,10 +134,6 @@ def _show(found: dict[str, Any]) -> None:
             f"{row['batch']}x{row['context']}, {row['tokens']}: {row['without_ms']:.2f} | "
             f"{row['together_ms']:.2f} {row['each_ms']:.2f}"
         )
-    print("parts added in the kernel: sequences x tokens, up to so many: us, of copy")
-    for row in found["fold"]:
-        even = "" if row["balanced"] else " imbalanced"
-        print(f"{row['batch']}x{row['context']}{even}, {row['fold']}: {row['us']:.1f} {row['of_copy']:.2f}")
     print("(b) a step, ms: model, codec, sequences x tokens: step | products, attention, rest | floor, vLLM")
     for row in found["steps"]:
         rest = 1 - (row["gemm_ms"] + row["attention_ms"]) / row["ms"]

@@ -56,24 +56,21 @@ class AttentionRow:
     sdpa_us: float | None = None
 
 
-def work_of(group: int, rows: StepRows, kind: int = 0, *, queries: int = 1, fold: int = 1) -> AttentionWork:
+def work_of(group: int, rows: StepRows, kind: int = 0, *, queries: int = 1) -> AttentionWork:
     """For this GPU."""
     programs = warps_at_once(group, queries) * torch.cuda.get_device_properties(0).multi_processor_count
-    fold = min(fold, programs)
-    shape = AttentionShape(len(rows.slot), KV_HEADS, group, HEAD_DIM, programs, 1, queries, fold)
+    shape = AttentionShape(len(rows.slot), KV_HEADS, group, HEAD_DIM, programs, 1, queries)
     return AttentionWork(shape, rows, kind, "cuda")
 
 
-def fused_us(
-    group: int, page_format: str, contexts: list[int], tokens: int = 1, queries: int = 1, fold: int = 1
-) -> tuple[float, int]:
+def fused_us(group: int, page_format: str, contexts: list[int], tokens: int = 1, queries: int = 1) -> tuple[float, int]:
     """Microseconds of a layer, and the bytes that its pages hold."""
     kind = KINDS[page_format]
     probe = sum(contexts) * 2 * KV_HEADS * HEAD_DIM * (1 if kind else 2)
     layers = max(1, min(8, math.ceil(CACHE_BYTES / probe)))
     kv = random_kv(kind, contexts, layers, KV_HEADS, HEAD_DIM, max(TAIL, tokens))
     rows = kv.rows([tokens] * len(contexts), queries)
-    work = work_of(group, rows, queries=queries, fold=fold)
+    work = work_of(group, rows, queries=queries)
     work.number()
     size = (len(rows.slot), KV_HEADS * group, HEAD_DIM)
     query = QueryOperand.of(torch.randn(size, device="cuda").bfloat16())

@@ -9,7 +9,6 @@ from support.decode_kernel_checks import (
     STEP_ERROR,
     AttentionCheck,
     extend_grid,
-    fold_grid,
     grid,
     matvec_error,
     step_error,
@@ -29,11 +28,6 @@ def test_attention_agrees_with_float64(check: AttentionCheck) -> None:
 
 @pytest.mark.parametrize("check", extend_grid(), ids=str)
 def test_an_extend_agrees_with_float64(check: AttentionCheck) -> None:
-    assert check.run(ptx=True) <= ATTENTION_ERROR
-
-
-@pytest.mark.parametrize("check", fold_grid(), ids=str)
-def test_parts_folded_by_the_last_program_agree_with_float64(check: AttentionCheck) -> None:
     assert check.run(ptx=True) <= ATTENTION_ERROR
 
 

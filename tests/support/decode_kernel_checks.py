@@ -6,7 +6,6 @@ grid runs, with the kernels' PTX; here a corner of it, with their twins in plain
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,6 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from triton.runtime.interpreter import interpreter_builder
 
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.core.request import SamplingParams, StopConditions
@@ -65,13 +63,12 @@ class AttentionCheck:
     offset: bool = False
     counts: list[int] | None = None
     tiles: int = 2
-    fold: int = 1
 
     def run(self, *, ptx: bool) -> float:
         """The relative error; NaN if anything was not written, infinite if two launches differ."""
         rows = sum(self.counts) if self.counts else len(self.sequences)
         queries = queries_at_once(self.group, self.tiles) if self.counts else 1
-        shape = AttentionShape(rows, self.kv_heads, self.group, self.head_dim, self.programs, 1, queries, self.fold)
+        shape = AttentionShape(rows, self.kv_heads, self.group, self.head_dim, self.programs, 1, queries)
         case = paged_case(
             shape,
             self.sequences,
@@ -91,24 +88,7 @@ class AttentionCheck:
             case.work.attend(case.query, case.pages, out, scale=case.scale, ptx=ptx)
             return out.clone()
 
-        first, alike = launch(), True
-        # What a launch leaves behind must not disturb the next one, nor may the order in which programs end.
-        for _ in range(50 if ON_GPU and self.fold > 1 else self.fold > 1):
-            with nullcontext() if ON_GPU else _last_programs_first():
-                alike &= torch.equal(launch(), first)
-        return case.error(first) if alike else math.inf
-
-
-@contextmanager
-def _last_programs_first() -> Iterator[None]:
-    """The interpreter runs programs one after the other: now from the last to the first."""
-    forwards = interpreter_builder.set_grid_idx
-
-    def backwards(x: int, y: int, z: int) -> None:
-        forwards(interpreter_builder.grid_dim[0] - 1 - x, y, z)
-
-    with patch.object(interpreter_builder, "set_grid_idx", backwards):
-        yield
+        return case.error(launch())
 
 
 _SINGLE = [
@@ -124,11 +104,7 @@ _EXTEND = [
     ),
     AttentionCheck([(2, 33)], group=8, head_dim=32, kv_heads=1, programs=9, k_format="fp8_e4m3fn", counts=[4], tiles=3),
 ]
-_FOLD = [
-    AttentionCheck([(0, 33), (4, 1)], group=5, head_dim=32, kv_heads=2, programs=6, fold=2),
-    AttentionCheck([(0, 70)], group=4, head_dim=32, kv_heads=1, programs=7, counts=[9], fold=7),
-]
-CORNER = {"single": _SINGLE, "extend": _EXTEND, "fold": _FOLD}
+CORNER = {"single": _SINGLE, "extend": _EXTEND}
 
 
 _BALANCED = [(4, 7)] * 8
@@ -183,22 +159,6 @@ def extend_grid() -> list[AttentionCheck]:
         for k, v in _CODECS
     ]
     return heads + every + long + tiles + codecs
-
-
-def fold_grid() -> list[AttentionCheck]:
-    """The same with parts that the last program of a (row, head) adds: none, some or all of them."""
-    single = [
-        AttentionCheck(rows, group=group, kv_heads=8, fold=fold)
-        for group in (4, 5, 8)
-        for rows in (_BALANCED, _ONE_LONG, _uneven(128, 40))
-        for fold in (4, 2112)
-    ]
-    extends = [
-        AttentionCheck(_MIXED, group=group, head_dim=head_dim, counts=_MIXED_COUNTS, fold=fold)
-        for group, head_dim in ((4, 128), (5, 64), (8, 128))
-        for fold in (4, 2112)
-    ]
-    return single + extends
 
 
 def _uneven(count: int, most: int) -> list[tuple[int, int]]:

@@ -20,11 +20,11 @@ HEADS_AT_ONCE: Final = 8
 _TILES = 2
 """Tensor-core products that share a page's loaded and converted bytes when several query tokens are read together.
 
-A further one costs a third of what a page costs with one. Three leave a multiprocessor eight programs instead of ten,
-four do not fit the registers."""
+A further one costs a third of what a page costs with one; three are no faster than two, four do not fit."""
 
-_REGISTERS: Final = {1: 128, 2: 200, 3: 255}
-"""Of a thread, by such products: what needs no spills in the loop over packed pages."""
+_REGISTERS: Final = {1: 128, 2: 255, 3: 255}
+"""Of a thread, by such products: with fewer the loop over packed pages spills, which costs more than the programs that
+a multiprocessor gains."""
 
 _FILE_WORDS = 65536
 """Registers of a multiprocessor."""
@@ -49,8 +49,6 @@ class AttentionShape:
         programs: Warps that share the work: a fixed number, whatever the lengths are.
         least: Pages that a program takes at least.
         queries: Query tokens of a sequence that are read together at most; see `queries_at_once`.
-        fold: If up to so many programs share a (row, KV head), the last of them to be done adds their parts; if more
-            do, `merge` does. With `programs` there is no `merge`.
     """
 
     rows: int
@@ -60,7 +58,6 @@ class AttentionShape:
     programs: int
     least: int = 2
     queries: int = 1
-    fold: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.group <= HEADS_AT_ONCE or self.head_dim % 32:
@@ -163,7 +160,6 @@ class AttentionWork:
         self._begin = torch.zeros(shape.programs + 1, dtype=torch.int32, device=device)
         self._row = torch.zeros(shape.programs, dtype=torch.int32, device=device)
         self._shared = torch.zeros((2, shape.rows, shape.kv_heads), dtype=torch.int32, device=device)
-        self._done = torch.zeros((shape.rows, shape.kv_heads), dtype=torch.int32, device=device)
         self._parts = parts or PartMemory(shape.programs, shape.columns, shape.head_dim, device)
 
     def number(self) -> None:
@@ -223,20 +219,16 @@ class AttentionWork:
             self._first,
             self._begin,
             self._row,
-            self._shared,
-            self._done,
             out,
             self._parts.sums,
             self._parts.masses,
             scale * math.log2(math.e),
             pages.k_table.stride(0),
             pages.memory.stride(0),
-            shape.rows * shape.kv_heads,
             KV=shape.kv_heads,
             G=shape.group,
             D=shape.head_dim,
             QUERIES=shape.queries,
-            FOLD=shape.fold,
             K_ELEMENTS=k.elements,
             K_SCALES=k.scales,
             V_ELEMENTS=v.elements,
@@ -248,8 +240,6 @@ class AttentionWork:
             maxnreg=_REGISTERS[shape.tiles],
             launch_pdl=overlap,
         )
-        if shape.fold >= shape.programs:
-            return
         outputs = shape.rows * shape.kv_heads * shape.group
         _, channels, parts, warps = next(each for each in _MERGES if outputs <= each[0])
         channels = min(channels, shape.head_dim & -shape.head_dim)
@@ -263,7 +253,6 @@ class AttentionWork:
             G=shape.group,
             D=shape.head_dim,
             QUERIES=shape.queries,
-            FOLD=shape.fold,
             PARTS=parts,
             CHANNELS=channels,
             PTX=ptx,

@@ -3,7 +3,7 @@
 All pages of all rows and heads are numbered in one line (row, then KV head, then page), and every program takes an
 equal stretch of it, give or take one: `number_pages`. A *pair* is a (row, KV head). A program whose stretch covers only
 some of a pair's pages leaves a *part*: maxima, masses and weighted values. Parts of a pair are added by their
-log-sum-exp: by `merge`, a launch behind `attend`, or by the last program to leave one (`fold`).
+log-sum-exp: by `merge`, a launch behind `attend`.
 
 `attend` says what the tensors hold.
 """
@@ -73,12 +73,16 @@ def merge(
     G: tl.constexpr,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
-    FOLD: tl.constexpr,
     PARTS: tl.constexpr,  # looked at together
     CHANNELS: tl.constexpr,  # of a program
     PTX: tl.constexpr,
 ):
-    """Some channels of one (row, head) of the output, if several programs of `attend` left it to this one."""
+    """Some channels of one (row, head) of the output, if several programs of `attend` left it to this one.
+
+    Few registers matter more than few round trips: the next `attend` of a chain begins when all of this has begun.
+    """
+    COLUMNS: tl.constexpr = QUERIES * G
+    PADDED: tl.constexpr = (COLUMNS + 7) // 8 * 8
     row = tl.program_id(0)
     head = tl.program_id(1)
     column = head % G
@@ -92,78 +96,27 @@ def merge(
     if PTX:
         gdc_launch_dependents()
         gdc_wait()
-    if last - begin >= FOLD:
-        channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-        only = column + tl.arange(0, 1)
-        result = _merged(PART, PART_ML, begin, last, only, only >= 0, channel, D, QUERIES * G, PARTS)
-        result = tl.reshape(result, (CHANNELS,))
-        tl.store(OUT + (row * KV * G + head) * D + channel, result.to(OUT.dtype.element_ty))
-
-
-@triton.jit
-def fold(
-    OUT,
-    PART,
-    PART_ML,
-    begin,
-    last,
-    row,
-    head,
-    columns,
-    KV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
-    """`merge` of a whole pair by one warp: two parts of four columns at once, which its registers hold."""
-    CHANNELS: tl.constexpr = D & -D
-    for start in range(0, columns, 4):
-        column = start + tl.arange(0, 4)
-        wanted = column < columns
-        for first in tl.static_range(0, D, CHANNELS):
-            channel = first + tl.arange(0, CHANNELS)
-            result = _merged(PART, PART_ML, begin, last, column, wanted, channel, D, QUERIES * G, 2)
-            place = column_place(column, row, head, KV, G, QUERIES)[:, None] * D + channel[None, :]
-            tl.store(OUT + place, result.to(OUT.dtype.element_ty), mask=wanted[:, None])
-
-
-@triton.jit
-def _merged(
-    PART,
-    PART_ML,
-    begin,
-    last,
-    column,
-    wanted,
-    channel,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,  # looked at together
-):
-    """What a pair's programs from `begin` to `last` found, of some of its wanted columns and some channels."""
-    PADDED: tl.constexpr = (COLUMNS + 7) // 8 * 8
-    line = tl.arange(0, PARTS)[:, None]
-    top = tl.full([PARTS, column.shape[0]], NOTHING, tl.float32)
-    total = tl.zeros([PARTS, column.shape[0]], tl.float32)
-    sums = tl.zeros([PARTS, column.shape[0], channel.shape[0]], tl.float32)
-    for i in range(begin, last + 1, PARTS):
-        program = i + line
-        there = (program <= last) & wanted[None, :]
-        # Only the first of the pair's programs began it: its part is the one for that.
-        part = 2 * program + (program == begin).to(tl.int32)
-        masses = PART_ML + part * (2 * PADDED) + column[None, :]
-        m = tl.load(masses, mask=there, other=NOTHING)
-        # What is not there weighs nothing beside the smallest score of what is.
-        mass = tl.load(masses + PADDED, mask=there, other=1.0)
-        at = (part * COLUMNS + column[None, :])[:, :, None] * D + channel[None, None, :]
-        o = tl.load(PART + at, mask=there[:, :, None], other=0.0)
-        new = tl.maximum(top, m)
-        old, now = tl.exp2(top - new), tl.exp2(m - new)
-        total = total * old + mass * now
-        sums = sums * old[:, :, None] + o * now[:, :, None]
-        top = new
-    weight = tl.exp2(top - tl.max(top, 0)[None, :])
-    return tl.sum(sums * weight[:, :, None], 0) / tl.sum(total * weight, 0)[:, None]
+    if last > begin:
+        line = tl.arange(0, PARTS)[:, None]
+        channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        top = tl.full([1, 1], NOTHING, tl.float32)
+        total = tl.zeros([1, 1], tl.float32)
+        sums = tl.zeros([1, CHANNELS], tl.float32)
+        for i in range(begin, last + 1, PARTS):
+            program = i + line
+            there = program <= last
+            # Only the first of the pair's programs began it: its part is the one for that.
+            part = 2 * program + (program == begin).to(tl.int32)
+            masses = PART_ML + part * (2 * PADDED) + column
+            m = tl.load(masses, mask=there, other=NOTHING)
+            mass = tl.load(masses + PADDED, mask=there, other=0.0)
+            o = tl.load(PART + (part * COLUMNS + column) * D + channel, mask=there, other=0.0)
+            new = tl.maximum(top, tl.max(m, 0, keep_dims=True))
+            old, now = tl.exp2(top - new), tl.exp2(m - new)
+            total = total * old + tl.sum(mass * now, 0, keep_dims=True)
+            sums = sums * old + tl.sum(o * now, 0, keep_dims=True)
+            top = new
+        tl.store(OUT + (row * KV * G + head) * D + channel, (sums / total).to(OUT.dtype.element_ty))
 
 
 @triton.jit

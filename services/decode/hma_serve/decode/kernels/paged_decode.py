@@ -35,7 +35,7 @@ from hma_serve.decode.kernels.half_page import (
     packed_half,
     plain_half,
 )
-from hma_serve.decode.kernels.page_sharing import column_place, fold
+from hma_serve.decode.kernels.page_sharing import column_place
 from hma_serve.decode.kernels.warp import multiply_bf16, sum_over_rows, to_l2
 
 _HALF_OF_120_BF16 = tl.constexpr(0x5D805D80)
@@ -43,7 +43,7 @@ UNIT_WORDS = tl.constexpr(4)
 """Words of an address's unit of 16 bytes."""
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def attend(
     Q16,  # int32 view of fp16 [rows, heads, D]: queries, times a power of two a head
     QBF,  # int32 view of bf16 [rows, heads, D]
@@ -59,20 +59,16 @@ def attend(
     FIRST,  # int32 [rows + 1]: pages of all rows before
     BEGIN,  # int32 [programs + 1]: where a program's stretch begins
     ROW,  # int32 [programs]: the row of that
-    SHARED,  # int32 [2, rows, KV]: the first and the last program of a (row, KV head)
-    DONE,  # int32 [rows, KV], zeros: how many of its programs have left their part
     OUT,  # [rows, heads, D]
     PART,  # fp32 [2 * programs, QUERIES * G, D]
     PART_ML,  # fp32 [2 * programs, 2, 8 * tiles]
     scale,  # of scores, times log2(e)
     table_stride,
     head_words,  # from head to head
-    pairs,  # rows * KV
     KV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     QUERIES: tl.constexpr,  # query tokens of a block at most
-    FOLD: tl.constexpr,  # parts that the last program to leave one adds itself, at most
     K_ELEMENTS: tl.constexpr,
     K_SCALES: tl.constexpr,
     V_ELEMENTS: tl.constexpr,
@@ -204,18 +200,6 @@ def attend(
                     tl.store(line + 1, maxima[2 * tile + 1], mask=lane < 4)
                     tl.store(line + 8 * TILES, masses[2 * tile], mask=lane < 4)
                     tl.store(line + 8 * TILES + 1, masses[2 * tile + 1], mask=lane < 4)
-                if FOLD > 1:
-                    pair = row * KV + head
-                    begin = tl.load(SHARED + pair)
-                    others = tl.load(SHARED + pairs + pair) - begin
-                    if others < FOLD:
-                        # All lanes have written before one of them says so, and none reads before it knows.
-                        tl.debug_barrier()
-                        done = tl.atomic_add(DONE + pair, 1, sem="acq_rel", scope="gpu")
-                        tl.debug_barrier()
-                        if done == others:
-                            tl.store(DONE + pair, 0)  # For the next launch.
-                            fold(OUT, PART, PART_ML, begin, begin + others, row, head, columns, KV, G, D, QUERIES)
             unit += stop - page
             if unit == (first + pages) * KV:
                 row += 1

@@ -92,6 +92,8 @@ class CudaAccelerator:
 
     def pin(self, memory: memoryview) -> None:
         """See `Accelerator`."""
+        if not memory.nbytes:  # The prefix cache's, when there is none.
+            return
         array = np.frombuffer(memory, dtype=np.uint8)
         status = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)  # type: ignore[no-untyped-call]
         if int(status) != 0:
