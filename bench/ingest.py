@@ -3,7 +3,7 @@
 A batch decodes all the time; its tokens are timed where a router would get them, so that whatever delays one counts.
 Beside it one producer for each receiver, a process of the lowest priority, fills tickets again and again that it never
 commits, first as fast as it is taken. Where that costs too much, the rate is halved towards what does not. Each rate
-is compared with a measurement without producers just before.
+is measured in turn with nothing arriving, a few times, since machines have moods; medians are compared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ STREAMS = 2
 """At a time for each receiver, as one waits for the engine between two prompts."""
 
 _HALVINGS = 3
+_TURNS = 3
 _POLL_SECONDS = 0.02
 _PHASE_SECONDS = 120.0
 
@@ -72,7 +74,7 @@ class Point:
 
     Attributes:
         rate: Payload bytes per second that arrived.
-        alone: p99 of a token just before, without producers, seconds.
+        alone: p99 of a token without producers, seconds.
         beside: p99 with them.
     """
 
@@ -252,7 +254,7 @@ async def measure(load: Load, decode: str, counts: Sequence[int], seconds: float
     receivers = await _receivers(producer, decode)
     if max(counts) > len(receivers):
         raise RuntimeError(f"the decode worker has {len(receivers)} receivers, not {max(counts)}")
-    tokens = min(load.window - load.context - 32, 4 * (_HALVINGS + 1) * load.steps + 256)
+    tokens = min(load.window - load.context - 32, 4 * _TURNS * (_HALVINGS + 1) * load.steps + 256)
     with _producers(load, decode, receivers[: max(counts)]) as producers:
         await asyncio.to_thread(producers.hear, max(counts))
         for count in counts:
@@ -276,13 +278,15 @@ def _next_rate(points: Sequence[Point]) -> float | None:
 
 
 async def _point(batch: _Batch, producers: _Producers, count: int, rate: float) -> Point:
-    alone = await batch.p99()
-    producers.say(count, str(rate / count))
-    await asyncio.sleep(0.2)
-    beside = await batch.p99()
-    producers.say(count, "")
-    arrived = sum(map(float, await asyncio.to_thread(producers.hear, count)))
-    return Point(arrived, alone, beside)
+    arrived, alone, beside = [], [], []
+    for _ in range(_TURNS):
+        alone.append(await batch.p99())
+        producers.say(count, str(rate / count))
+        await asyncio.sleep(0.2)
+        beside.append(await batch.p99())
+        producers.say(count, "")
+        arrived.append(sum(map(float, await asyncio.to_thread(producers.hear, count))))
+    return Point(*(statistics.median(each) for each in (arrived, alone, beside)))
 
 
 async def _receivers(producer: Producer, decode: str) -> list[str]:

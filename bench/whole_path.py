@@ -91,9 +91,9 @@ class Plan:
         load = Load(
             model=model,
             codec=find_profile(prefills[0].profile).k_codec,
-            batch=args.batch or (16 if gpu else 2),
+            batch=args.batch or (8 if gpu else 2),
             context=args.context or (1024 if gpu else 256),
-            steps=args.steps or (500 if gpu else 60),
+            steps=args.steps or (200 if gpu else 30),
             window=min(read_model_config(resolve_checkpoint(model)).max_position_embeddings, 8192),
             pushed=2048,
         )

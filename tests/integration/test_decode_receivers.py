@@ -88,6 +88,11 @@ async def test_streams_are_dealt_out_over_all_receivers_and_their_kv_is_read(
     await grown_to(worker, "hma_decode_kv_received_bytes_total", before + payload)
 
 
+async def test_receivers_leave_short_cores_to_what_makes_tokens(worker: Worker) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, worker.process.pid)
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) > own for pid in receivers(worker))
+
+
 async def test_a_refusal_is_counted_by_the_front(client: Client, worker: Worker) -> None:
     before = await metric(worker, "hma_decode_pushes_refused_total")
     call = client.decode.Generate(client.request(prompt(65), 64), timeout=60)

@@ -33,6 +33,14 @@ def test_every_code_means_what_ml_dtypes_says(element: MiniFloat, oracle: type) 
     assert element.largest == np.nanmax(theirs[~element.banned])
 
 
+@pytest.mark.parametrize("element", [E4M3FN, E4M3FNUZ, E4M3_IEEE])
+def test_banned_codes_are_found_among_others(element: MiniFloat) -> None:
+    allowed = ALL_BYTES[~element.banned]
+    assert not element.has_banned(np.stack([allowed, allowed])[:, 1:])
+    for code in ALL_BYTES:
+        assert element.has_banned(np.append(allowed, code)) == element.banned[code]
+
+
 @pytest.mark.parametrize(("element", "oracle"), ORACLES)
 def test_rounding_is_that_of_ml_dtypes(element: MiniFloat, oracle: type) -> None:
     finite = np.unique(element.values[~element.banned])

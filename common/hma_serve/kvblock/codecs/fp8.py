@@ -131,7 +131,7 @@ class Fp8(ScaledCodec):
         return banned_float32(scales, self._element.largest)
 
     def _banned_element(self, elements: NDArray[np.uint8]) -> str:
-        return "Inf and NaN" if self._element.banned[elements].any() else ""
+        return "Inf and NaN" if self._element.has_banned(elements) else ""
 
 
 def all_fp8() -> tuple[Fp8, ...]:

@@ -41,6 +41,8 @@ class MiniFloat:
         self.values: Final = np.where(codes < self._sign, magnitude, -magnitude).astype(np.float32)
         self.banned: Final = np.isin(codes, list(nan))
         self.values[self.banned] = np.nan
+        # Of one sign the last ones, if any; or what would be a negative zero, alone.
+        self._first_banned = self._sign - int(self.banned[: self._sign].sum())
         self.largest: Final = float(np.nanmax(self.values))
         self._negative_zero = negative_zero
         positive = self.values[: self._sign][~self.banned[: self._sign]]
@@ -52,6 +54,17 @@ class MiniFloat:
         # Half-way above an odd code rounds up: searchsorted counts limits below a value, so these move down a little.
         middles[1::2] = np.nextafter(middles[1::2], np.float32(0))
         self.limits: Final = middles
+
+    def has_banned(self, codes: NDArray[np.uint8]) -> bool:
+        """Whether any of these is banned; eight-bit codes, at least one.
+
+        By the largest and the smallest, since looking up each of them would take longer than all else that a receiver
+        does with a block.
+        """
+        signed = codes.view(np.int8)
+        if self._first_banned == self._sign:
+            return bool(self.banned[self._sign]) and int(signed.min()) == -self._sign
+        return int(signed.max()) >= self._first_banned or int(codes.max()) >= self._sign + self._first_banned
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Codes of finite values."""

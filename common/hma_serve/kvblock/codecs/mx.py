@@ -108,7 +108,7 @@ class MxFp8(MxFloat):
     largest_scale = 246
 
     def _banned_element(self, elements: NDArray[np.uint8]) -> str:
-        return "NaN" if E4M3FN.banned[elements].any() else ""
+        return "NaN" if E4M3FN.has_banned(elements) else ""
 
 
 class MxFp4(MxFloat):

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from hma_serve.telemetry.tracing import exporting_traces
 
 _REPORT_SECONDS = 0.25
 _STOP_SECONDS = 2.0
+_NICENESS = 5
+"""So that where cores are short, KV that arrives waits for tokens rather than they for it."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = build_parser().parse_args(argv)
+    os.nice(_NICENESS)
     sock, arena = inherit(args)
     setup_logging("decode", args.log_format)
     tune_allocator()

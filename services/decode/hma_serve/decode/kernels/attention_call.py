@@ -29,10 +29,11 @@ a multiprocessor gains."""
 _FILE_WORDS = 65536
 """Registers of a multiprocessor."""
 
-_MERGES = ((128, 32, 128, 4), (512, 64, 64, 4), (2048, 128, 32, 4), (1 << 31, 128, 16, 2))
-"""Up to so many (row, head)s: channels and parts that a program of `merge` looks at, and its warps.
+_MERGES = ((16, 32, 128, 4), (64, 32, 64, 2), (128, 32, 32, 1), (256, 64, 16, 1), (1 << 31, 128, 8, 1))
+"""Up to so many (row, KV head)s: channels and parts that a program of `merge` looks at, and its warps.
 
-The fewer there are, the more programs of `attend` share each of them."""
+The fewer there are, the more programs of `attend` share each of them. Wider ones need fewer round trips, but together
+they must leave the next kernel room to begin."""
 
 _CHUNK = 64
 
@@ -240,8 +241,8 @@ class AttentionWork:
             maxnreg=_REGISTERS[shape.tiles],
             launch_pdl=overlap,
         )
-        outputs = shape.rows * shape.kv_heads * shape.group
-        _, channels, parts, warps = next(each for each in _MERGES if outputs <= each[0])
+        pairs = shape.rows * shape.kv_heads
+        _, channels, parts, warps = next(each for each in _MERGES if pairs <= each[0])
         channels = min(channels, shape.head_dim & -shape.head_dim)
         merge[(shape.rows, shape.kv_heads * shape.group, shape.head_dim // channels)](
             self._shared,
