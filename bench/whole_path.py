@@ -86,7 +86,7 @@ class Plan:
         prefills = [
             Prefill("fp8_e4m3" if gpu else "tt_bfp8", args.device, prompts, 5 if gpu else 3),
             # A few seconds a prompt of an 8B model: the shortest alone.
-            Prefill("int8", "cpu", prompts[:1], 2 if gpu else 3),
+            Prefill("int8", "cpu", prompts[:1], 1 if gpu else 3),
         ]
         load = Load(
             model=model,
