@@ -36,10 +36,9 @@ for each in "${@:-tests kernels whole_path prefill attention decode ablation abl
   for name in $each; do
     case $name in
       tests) part tests 300 "$python" tests/support/prefill_kernel_checks.py ;;
-      # What of decode's kernels has not run on silicon: its tests (they need pytest and its plugins), then its times.
+      # Decode's tests (they need pytest and its plugins), then extends.
       kernels)
-        part kernels 590 "$python" -m bench.decode --tests "an_extend or nvfp4 or step" --seconds 500 \
-          8B-extend extend
+        part kernels 590 "$python" -m bench.decode --seconds 400 8B-extend extend
         ;;
       whole_path) part whole_path 560 "$python" -m bench.whole_path --device cuda ;;
       prefill) part prefill 400 "$python" -m bench.prefill_gpu 8B ;;
