@@ -49,10 +49,12 @@ def layer_times(
 
     def unpack(intake: Intake) -> Callable[[], None]:
         pages = pool.reserve(intake.need(packed, tokens))
+        places = {Role.K: intake.placed(pages.packed_k), Role.V: intake.placed(pages.packed_v)}
 
         def store() -> None:
-            for role, places, part in zip((Role.K, Role.V), (pages.packed_k, pages.packed_v), units, strict=True):
-                intake.store(packed, role, 0, places, slice(None), part)
+            for role, part in zip((Role.K, Role.V), units, strict=True):
+                intake.store(packed, role, 0, places[role], slice(None), part)
+            intake.settle()
 
         return store
 

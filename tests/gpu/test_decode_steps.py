@@ -105,9 +105,11 @@ def _sequence(parts: EngineParts, number: int, prompt: Prompt, new: int) -> Sequ
     packed = Packed(profile.k_codec, profile.v_codec, KV_ROPE_PAIRING_HALF_SPLIT, prompt.packed)
     pages = parts.pool.reserve(parts.intake.need(packed, len(tokens) + new))
     if prompt.packed:
+        k_places, v_places = parts.intake.placed(pages.packed_k), parts.intake.placed(pages.packed_v)
         for layer, (k, v) in enumerate(reference_packed_kv(CHECKPOINT, prompt.profile, tokens[: prompt.packed])):
-            parts.intake.store(packed, Role.K, layer, pages.packed_k, slice(None), k)
-            parts.intake.store(packed, Role.V, layer, pages.packed_v, slice(None), v)
+            parts.intake.store(packed, Role.K, layer, k_places, slice(None), k)
+            parts.intake.store(packed, Role.V, layer, v_places, slice(None), v)
+            parts.intake.settle()
     return Sequence(
         stream=number,
         pages=pages,

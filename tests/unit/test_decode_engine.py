@@ -88,11 +88,12 @@ class Harness:
             plain_dtype=torch.float32,
             capacity_tokens=capacity,
         )
+        self.intake = FusedIntake(self.pool)
         scheduler = Scheduler(64)
         steps = StepLoop(scheduler, self.runner, SamplingBatches(VOCAB, max_running), overlap=overlap)
         self.engine = Engine(
             pool=self.pool,
-            intake=FusedIntake(self.pool),
+            intake=self.intake,
             commitment=OverCommitment(self.pool, scheduler, steps)
             if overcommit
             else FullCommitment(self.pool, scheduler),
@@ -551,6 +552,37 @@ def test_a_step_ahead_throws_away_what_follows_the_end() -> None:
     assert produced[-1].finished.stop_token_id == 17
     assert harness.runner.steps == [[(1, 5)], [(1, 1)], [(1, 1)], [(1, 1)]]
     assert harness.pool.used_tokens == 0
+
+
+def test_a_step_ahead_takes_from_token_to_token_whatever_the_host_did_meanwhile() -> None:
+    harness = Harness(overlap=True)
+
+    def step_seconds(stream: int) -> list[float]:
+        seconds = []
+        harness.turn(admit(stream, 5, 0, max_tokens=400))
+        for _ in range(100):
+            harness.now += 0.005  # KV that arrives, then what is left of the step
+            harness.turn()
+            seconds += [event.load.step_seconds for event in harness.events if event.HasField("load")]
+        harness.turn(close(stream))
+        harness.turn()
+        return seconds
+
+    assert step_seconds(1)[-1] == pytest.approx(0.005, rel=0.01)
+    harness.now += 60  # A pause is no step.
+    assert step_seconds(2)[-1] == pytest.approx(0.005, rel=0.01)
+
+
+def test_slots_are_given_back_when_what_was_in_them_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, log = Harness(), []
+    nonce = harness.admit(1)
+    harness.turn(attach(9, nonce))
+    monkeypatch.setattr(harness.intake, "settle", lambda: log.append("settled"))
+    monkeypatch.setattr(
+        harness.engine, "_emit", lambda *events: log.extend(str(event.WhichOneof("event")) for event in events)
+    )
+    harness.engine.turn([block(9, 0, 0, ROLES[0], 0, 2)])
+    assert log.index("settled") < log.index("landed")
 
 
 def test_pages_change_hands_only_when_no_step_uses_them() -> None:

@@ -81,8 +81,9 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
         intake=intake,
         runner=runner,
         sampling=device,
-        # The device computes meanwhile, and storing is copies that it makes by itself.
-        arrival_share=0.8,
+        # The device computes meanwhile, and storing is copies that it makes by itself. The other half of a step is for
+        # what else the host has to do.
+        arrival_share=0.5,
         overlap=True,
     )
 
@@ -102,6 +103,7 @@ class CudaIntake:
         self._materialised = MaterialisedIntake(pool, k_offsets)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self.arrivals = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._copied: torch.cuda.Event | None = None
 
     def need(self, packed: Packed, total_tokens: int) -> Need:
         """See `Intake`."""
@@ -111,17 +113,25 @@ class CudaIntake:
     def store(
         self, packed: Packed, role: Role, layer: int, addresses: torch.Tensor, heads: slice, units: torch.Tensor
     ) -> None:
-        """See `Intake`; returns when the units have left their slot."""
+        """See `Intake`."""
         with torch.cuda.stream(self._copies):
             there = units.to(self._device, non_blocking=True)
-            places = addresses.pin_memory().to(self._device, non_blocking=True)
-            copied = self._copies.record_event()
-        self.arrivals.wait_event(copied)
+            self._copied = self._copies.record_event()
+        self.arrivals.wait_event(self._copied)
         with torch.cuda.stream(self.arrivals):
-            self._of(packed).store(packed, role, layer, places, heads, there)
+            self._of(packed).store(packed, role, layer, addresses, heads, there)
         there.record_stream(self.arrivals)
-        places.record_stream(self.arrivals)
-        copied.synchronize()
+
+    def placed(self, addresses: torch.Tensor) -> torch.Tensor:
+        """See `Intake`."""
+        with torch.cuda.stream(self.arrivals):
+            return addresses.pin_memory().to(self._device, non_blocking=True)
+
+    def settle(self) -> None:
+        """See `Intake`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
 
     def _of(self, packed: Packed) -> FusedIntake | MaterialisedIntake:
         return self._fused if self._fused is not None and stays_packed(packed) else self._materialised

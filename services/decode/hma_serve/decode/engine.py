@@ -137,6 +137,7 @@ class Engine:
         self._streams: dict[int, _Stream] = {}
         self._outbox: list[pb.DecodeEngineEvent] = []
         self._meter = StepMeter(scheduler.step_tokens)
+        self._begun = self._taken = 0.0
         self._late_blocks = 0
         self._expired_tickets = 0
         self._failed_steps = 0
@@ -167,6 +168,8 @@ class Engine:
         self._sweep()
         self._step()
         self._report_load()
+        # What has landed is said below, and the slots are used again.
+        self._intake.settle()
         self._send()
         if not self._streams and self._loop.idle:
             # An idle engine proves that it lost nothing.
@@ -359,7 +362,8 @@ class Engine:
     # Step.
 
     def _step(self) -> None:
-        began = self._clock()
+        began, begun_before = self._clock(), self._begun
+        self._begun = began
         try:
             self._commitment.prepare(lambda: self._loop.settle(self._take))
             taken = self._loop.turn(self._take)
@@ -367,7 +371,11 @@ class Engine:
             self._step_failed(exc)
             return
         if taken:
-            self._meter.note(Work.of(taken), self._clock() - began)
+            now = self._clock()
+            # The step that was taken: begun in this turn, or in the one before and then behind its predecessor.
+            since = max(begun_before, self._taken) if self._loop.overlap else began
+            self._taken = now
+            self._meter.note(Work.of(taken), now - since)
 
     def _take(self, shares: Items[Share], tokens: Items[Token]) -> None:
         """What a step gave."""

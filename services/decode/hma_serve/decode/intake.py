@@ -69,11 +69,39 @@ class Intake(Protocol):
         heads: slice,
         units: torch.Tensor,
     ) -> None:
-        """Puts units, uint8 [heads, groups, group_bytes] as on the wire, into pages at addresses, int64 [groups]."""
+        """Puts units, uint8 [heads, groups, group_bytes] as on the wire, into pages.
+
+        Args:
+            packed: What they are.
+            role: K or V.
+            layer: Which layer.
+            addresses: int64 [groups], of the pages, out of what `placed` gave.
+            heads: Which heads.
+            units: In a slot, which must be left alone until `settle`.
+        """
+        ...
+
+    def placed(self, addresses: torch.Tensor) -> torch.Tensor:
+        """Addresses of pages, int64, where `store` reads them; once a request rather than once a block."""
+        ...
+
+    def settle(self) -> None:
+        """Returns when everything that was given to `store` has left its slot."""
         ...
 
 
-class FusedIntake:
+class _HostIntake:
+    """Where the engine itself moves the bytes, before `store` returns."""
+
+    def placed(self, addresses: torch.Tensor) -> torch.Tensor:
+        """See `Intake`."""
+        return addresses
+
+    def settle(self) -> None:
+        """See `Intake`."""
+
+
+class FusedIntake(_HostIntake):
     """Keeps what arrives.
 
     Args:
@@ -100,7 +128,7 @@ class FusedIntake:
         self._pool.store(packed.codec(role), role, layer, addresses, heads, units)
 
 
-class MaterialisedIntake:
+class MaterialisedIntake(_HostIntake):
     """Decodes what arrives.
 
     Args:
@@ -148,6 +176,7 @@ class Arrival:
     packed: Packed
     pages: Reservation
     landed: int = field(default=0)
+    _places: dict[Role, torch.Tensor] = field(default_factory=dict)
 
     @property
     def present_tokens(self) -> int:
@@ -180,11 +209,12 @@ class Arrival:
     def take(self, block: pb.DecodeBlock, data: memoryview, intake: Intake) -> None:
         """From a slot into the pages."""
         role = Role.K if block.role == KV_ROLE_K else Role.V
-        places = self.pages.packed_k if role is Role.K else self.pages.packed_v
+        if role not in self._places:
+            self._places[role] = intake.placed(self.pages.packed_k if role is Role.K else self.pages.packed_v)
         first = self.pages.present_groups + block.group_start
         units = torch.frombuffer(data, dtype=torch.uint8).view(block.head_count, block.group_count, -1)
         heads = slice(block.head_start, block.head_start + block.head_count)
-        groups = places[first : first + block.group_count]
+        groups = self._places[role][first : first + block.group_count]
         intake.store(self.packed, role, block.layer, groups, heads, units)
         self.landed += block.head_count * block.group_count
 

@@ -90,7 +90,7 @@ class StepLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._batches = batches
-        self._overlap = overlap
+        self.overlap = overlap
         self._flight: _Flight | None = None
 
     @property
@@ -136,7 +136,7 @@ class StepLoop:
         taken = before
         if ahead is not None:
             self._draw(ahead, take)
-            taken = before if self._overlap else ahead
+            taken = before if self.overlap else ahead
         return taken.shares if taken is not None else ()
 
     def settle(self, take: Callable[[Items[Share], Items[Token]], None]) -> None:
@@ -165,7 +165,7 @@ class StepLoop:
             sampling = flight.sampling
             rows, inputs = self._batches.rows(sampling), self._batches.inputs(sampling)
             flight.step.draw(rows, inputs, self._batches.occurrences)
-            drawn = None if self._overlap else flight.step.drawn()
+            drawn = None if self.overlap else flight.step.drawn()
         except Exception as exc:
             raise self._lost(flight, ()) from exc
         if drawn is not None:
