@@ -122,12 +122,12 @@ class TtBlockFloat(Codec):
     def _has_negative_zero(self, elements: NDArray[np.uint8]) -> bool:
         if self._bits == 8:
             return int(elements.view(np.int8).min()) == -128
-        words = elements.view(np.uint64)  # 8 bytes at once: sign set, and no magnitude bit
-        magnitude = words.copy()
-        for shift in range(1, self._magnitude_bits):
-            magnitude |= words >> np.uint64(shift)
-        low_bits = np.uint64(0x1111111111111111 if self._bits == 4 else 0x5555555555555555)
-        return bool((words >> np.uint64(self._magnitude_bits) & ~magnitude & low_bits).any())
+        # 8 bytes at once: does an element with its sign flipped borrow when 1 is taken from each? The lowest that does
+        # is 0 then, since none below it borrowed from it.
+        ones = np.uint64(0x1111111111111111 if self._bits == 4 else 0x5555555555555555)
+        signs = ones << np.uint64(self._magnitude_bits)
+        flipped = elements.view(np.uint64) ^ signs
+        return bool(((flipped - ones) & ~flipped & signs).any())
 
 
 def _round(magnitude: NDArray[np.float32], rounding: KvRounding.ValueType) -> NDArray[np.float32]:
