@@ -1,6 +1,7 @@
 """kill -9 of a decode worker in mid-stream and of a prefill worker in mid-transfer: the client's answer goes on.
 
-So it does when a decode worker hangs instead, and nobody says that it is gone.
+So it does when a decode worker hangs instead, and nobody says that it is gone. When only its engine hangs, new requests
+go elsewhere.
 
 Greedy text in fp32 on one profile must equal that of a run without faults, token for token; what survives must hold no
 page of it afterwards. Which worker, which prompt and when are drawn from seeds.
@@ -15,7 +16,9 @@ import signal
 
 from hma_serve.client import AsyncClient, Completion
 from hma_serve.core.groups import packed_tokens
+from hma_serve.router.prediction import STALE_SECONDS
 from hma_serve.telemetry import spans
+from support.cluster import descendants
 from support.otlp_collector import Collector, Told
 from support.process_fleet import Process, ProcessFleet, eventually
 from support.sample_prompts import sample_prompt
@@ -24,6 +27,8 @@ NEW_TOKENS = 240
 BYSTANDERS = 2
 HANG_SECONDS = 30.0
 """Far more than a hung worker may hold up a stream, and half of what gRPC would wait by itself."""
+TICKET_SECONDS = 15.0
+"""Half of what a router would wait for the ticket of a request that it had sent to an engine that hangs."""
 LOCAL_TOKENS = 30
 """A prompt so short that no prefill worker sees it."""
 
@@ -134,6 +139,29 @@ async def test_a_decode_that_hangs_in_mid_stream(fleet: ProcessFleet, collector:
     assert first.attributes["hma.decode"] != second.attributes["hma.decode"]
     assert (first.attributes["hma.emitted_tokens"], second.attributes["hma.epoch"]) == (0, 2)
     assert 0 < second.attributes["hma.emitted_tokens"] < NEW_TOKENS
+
+
+async def test_an_engine_that_hangs_gets_no_new_requests(fleet: ProcessFleet) -> None:
+    """Its front goes on reporting, and room is left: of several requests it would get some."""
+    prompt = sample_prompt(LOCAL_TOKENS, 400)
+    await fleet.settled(prefill=2, decode=2)
+    async with AsyncClient(fleet.routers) as client:
+        held = asyncio.create_task(ask(client, prompt))
+
+        def running() -> list[Process]:
+            return [worker for worker in fleet.of("decode") if worker.metric("running_requests")]
+
+        (worker,) = await eventually(running, "no decode worker runs it")
+        (engine,) = descendants(worker.process.pid)
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(STALE_SECONDS + 1)
+            async with asyncio.timeout(TICKET_SECONDS):
+                await asyncio.gather(*(ask(client, prompt, new_tokens=20) for _ in range(6)))
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        assert (await held).usage.migrations == 0
+    await fleet.idle()
 
 
 class Counts:

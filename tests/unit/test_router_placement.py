@@ -319,12 +319,20 @@ def test_a_larger_window_wins_over_a_lower_load() -> None:
     assert chosen(place(SHORT, fleet, NOW)) == ("large", None)
 
 
-@pytest.mark.parametrize("flaw", [{"load_at": NOW - STALE_SECONDS - 1}, {}])
+SILENT = Load(running=1, engine_silent_seconds=STALE_SECONDS + 1)
+
+
+@pytest.mark.parametrize("flaw", [{"load_at": NOW - STALE_SECONDS - 1}, {"load": SILENT}, {}])
 def test_a_quiet_or_avoided_worker_is_the_last_choice_but_a_choice(flaw: dict[str, Any]) -> None:
     demand = replace(SHORT, avoid=frozenset({"d1"} if not flaw else ()))
     flawed = decode("d1", **flaw)
     assert chosen(place(demand, Fleet(decodes=(flawed, decode("d2", load=Load(running=7)))), NOW)) == ("d2", None)
     assert chosen(place(demand, Fleet(decodes=(flawed,)), NOW)) == ("d1", None)
+
+
+def test_an_engine_may_be_silent_for_some_of_its_own_steps() -> None:
+    slow = decode("d1", load=replace(SILENT, step_seconds=1.0))
+    assert chosen(place(SHORT, Fleet(decodes=(slow, decode("d2", load=Load(running=7)))), NOW)) == ("d1", None)
 
 
 def test_an_empty_fleet_is_nobody() -> None:

@@ -345,6 +345,7 @@ class WorkerLoad(_message.Message):
     KV_FREE_TOKENS_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
+    ENGINE_SILENT_SECONDS_FIELD_NUMBER: _builtins.int
     state: Global___WorkerState.ValueType
     running: _builtins.int
     waiting: _builtins.int
@@ -362,6 +363,10 @@ class WorkerLoad(_message.Message):
     """Decode: tokens of context over the requests of the batch, which every step reads."""
     kv_free_tokens: _builtins.int
     """Decode: tokens of KV that are free for new requests; 0 while requests that hold some wait for more."""
+    engine_silent_seconds: _builtins.float
+    """Decode: seconds since the engine last said its load, which it does several times a second, or after each longer step,
+    while requests run. 0 while none does.
+    """
     @_builtins.property
     def cost(self) -> Global___CostModel: ...
     @_builtins.property
@@ -384,10 +389,11 @@ class WorkerLoad(_message.Message):
         kv_free_tokens: _builtins.int = ...,
         cost: Global___CostModel | None = ...,
         transfer: Global___TransferModel | None = ...,
+        engine_silent_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_used_tokens", b"kv_used_tokens", "queue_seconds", b"queue_seconds", "queued_tokens", b"queued_tokens", "running", b"running", "state", b"state", "step_seconds", b"step_seconds", "token_seconds", b"token_seconds", "transfer", b"transfer", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "cost", b"cost", "engine_silent_seconds", b"engine_silent_seconds", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_used_tokens", b"kv_used_tokens", "queue_seconds", b"queue_seconds", "queued_tokens", b"queued_tokens", "running", b"running", "state", b"state", "step_seconds", b"step_seconds", "token_seconds", b"token_seconds", "transfer", b"transfer", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

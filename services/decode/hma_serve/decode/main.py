@@ -178,10 +178,10 @@ class _Worker:
             await end
 
     def _take_load(self, load: decode_engine_pb2.DecodeEngineLoad) -> None:
-        before, self._load.engine = self._load.engine, load
+        before = self._load.engine
+        self._load.engine_said(load)
         self._metrics.late_blocks.inc(load.late_blocks - before.late_blocks)
         self._metrics.expired_tickets.inc(load.expired_tickets - before.expired_tickets)
-        self._load.notify()
 
     def _info(
         self, model: ServedModel, address: str, http_address: str, ready: decode_engine_pb2.DecodeReady

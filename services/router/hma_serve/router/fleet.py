@@ -32,6 +32,7 @@ class Load:
         token_seconds: Running mean of a prompt token's computation.
         cost: What its steps take.
         transfer: Prefill: what KV takes on its way to decode.
+        engine_silent_seconds: Decode: since its engine was last heard of; 0 while nothing runs.
     """
 
     draining: bool = False
@@ -47,6 +48,7 @@ class Load:
     token_seconds: float = 0.0
     cost: StepCost = field(default_factory=StepCost)
     transfer: TransferCost = field(default_factory=TransferCost)
+    engine_silent_seconds: float = 0.0
 
     @classmethod
     def from_proto(cls, message: worker_pb2.WorkerLoad) -> Load:
@@ -65,6 +67,7 @@ class Load:
             token_seconds=message.token_seconds,
             cost=StepCost.from_proto(message.cost),
             transfer=TransferCost.from_proto(message.transfer),
+            engine_silent_seconds=message.engine_silent_seconds,
         )
 
 

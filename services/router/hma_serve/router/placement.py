@@ -12,8 +12,9 @@ Of all pairs with room that can read each other's KV, in this order:
 A prompt that the chosen pair would not answer sooner than decode alone goes to decode alone, if it is short
 (`local_tokens`): the crossover follows from what both measure.
 
-Reports age. Up to `STALE_SECONDS` a queue is taken to shrink as time passes; a worker that is quiet for longer is used
-only when no other will do; one that is away is waited for during `RECOVERY_SECONDS` and then counts as gone.
+Reports age. Up to `STALE_SECONDS` a queue is taken to shrink as time passes; a worker that is quiet for longer, or
+whose engine is, is used only when no other will do; one that is away is waited for during `RECOVERY_SECONDS` and then
+counts as gone.
 
 Nothing here waits, retries or counts; the planner drives the same function on a virtual clock.
 """
@@ -53,6 +54,8 @@ _EQUAL_MISS = 1.05
 _HEADROOM_STEPS = 20
 # A decode worker that needs a role (K, V) as BF16 counts as so much fuller than one that takes what prefill has.
 _FALLBACK_FULLNESS = 0.125
+# Steps of mean length that an engine may be silent for: one with a long prompt in it takes longer than the others.
+_SILENT_STEPS = 10
 # Workers of a role that are looked at as partners, by each of the things that can make one the best.
 _SHORTLIST = 8
 
@@ -231,6 +234,13 @@ def _prefill_fits(view: WorkerView) -> bool:
     return view.open and not view.refused and view.requests < limits.max_running + limits.max_waiting
 
 
+def _quiet(view: WorkerView, now: float) -> bool:
+    """Whether nothing new is known of the worker: its last report is old, or its engine tells its front nothing."""
+    if view.load is None or now - view.load_at > STALE_SECONDS:
+        return True
+    return view.load.engine_silent_seconds > max(STALE_SECONDS, _SILENT_STEPS * view.load.step_seconds)
+
+
 def _fullness(view: WorkerView) -> float:
     """Of slots or memory, whichever is scarcer; 1 is full."""
     limits = view.info.limits
@@ -320,7 +330,7 @@ class _Weighing:
         reservations = (
             sum(view.info.instance in demand.avoid for view in used),
             int(demand.profile not in (None, placement.profile)),
-            sum(self._now - view.load_at > STALE_SECONDS for view in used),
+            sum(_quiet(view, self._now) for view in used),
         )
         fullness = _fullness(host.view)
         order = [fullness + as_bf16 * _FALLBACK_FULLNESS, float(host.view.placed)]
