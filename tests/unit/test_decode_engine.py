@@ -554,14 +554,22 @@ def test_a_step_ahead_throws_away_what_follows_the_end() -> None:
     assert harness.pool.used_tokens == 0
 
 
-def test_a_step_ahead_takes_from_token_to_token_whatever_the_host_did_meanwhile() -> None:
-    harness = Harness(overlap=True)
+def test_a_step_ahead_takes_from_token_to_token_whatever_the_host_did_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harness, drawn = Harness(overlap=True), NextNumberStep.drawn
+
+    def after_a_wait(step: NextNumberStep) -> DrawnTokens:
+        harness.now += 0.003  # what is left of the step
+        return drawn(step)
+
+    monkeypatch.setattr(NextNumberStep, "drawn", after_a_wait)
 
     def step_seconds(stream: int) -> list[float]:
         seconds = []
         harness.turn(admit(stream, 5, 0, max_tokens=400))
         for _ in range(100):
-            harness.now += 0.005  # KV that arrives, then what is left of the step
+            harness.now += 0.002  # KV that arrives
             harness.turn()
             seconds += [event.load.step_seconds for event in harness.events if event.HasField("load")]
         harness.turn(close(stream))
