@@ -30,7 +30,7 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     ("spec", "field"),
     [
         (replace(SPEC, dtype=torch.float32), "--dtype"),
-        (replace(SPEC, config=replace(CONFIG, head_dim=48)), "--model"),
+        (replace(SPEC, config=replace(CONFIG, head_dim=96)), "--model"),
         (replace(SPEC, config=replace(CONFIG, num_heads=36)), "--model"),
     ],
 )
@@ -44,17 +44,18 @@ def test_what_has_no_kernels_is_refused(monkeypatch: pytest.MonkeyPatch, spec: E
 def test_kv_takes_what_is_left_of_the_gpu() -> None:
     spec = replace(SPEC, max_running=10_000)
     per_token = 2 * CONFIG.kv_elements_per_token
-    few, more = (kv_capacity(spec, gigabytes << 30, "a GPU") for gigabytes in (12, 13))
+    few, more = (kv_capacity(spec, gigabytes << 30, "a GPU", 1 << 25) for gigabytes in (12, 13))
     assert 0.9 < (more - few) * per_token / 2**30 < 1
     assert few * per_token < 12 << 30
-    assert kv_capacity(SPEC, 64 << 30, "a GPU") == 2 * 16 * 2048
-    assert kv_capacity(replace(SPEC, kv_capacity_tokens=4096), 12 << 30, "a GPU") == 4096
+    assert (few - kv_capacity(spec, 12 << 30, "a GPU", 1 << 30)) * per_token / 2**30 == pytest.approx(1.84, rel=0.02)
+    assert kv_capacity(SPEC, 64 << 30, "a GPU", 1 << 25) == 2 * 16 * 2048
+    assert kv_capacity(replace(SPEC, kv_capacity_tokens=4096), 12 << 30, "a GPU", 1 << 25) == 4096
 
 
 @pytest.mark.parametrize("asked", [0, 1 << 20])
 def test_what_does_not_fit_the_gpu_is_refused_with_the_arithmetic(asked: int) -> None:
     with pytest.raises(FailedPrecondition, match=r"weights .* \+ KV .* \+ workspace .* on a GPU"):
-        kv_capacity(replace(SPEC, kv_capacity_tokens=asked), 1 << 30, "a GPU")
+        kv_capacity(replace(SPEC, kv_capacity_tokens=asked), 1 << 30, "a GPU", 1 << 25)
 
 
 @pytest.mark.parametrize("name", codec_names())

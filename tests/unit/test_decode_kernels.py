@@ -85,7 +85,9 @@ def test_as_many_query_tokens_are_read_together_as_fill_two_products(group: int)
     assert warps_at_once(group, 1) > warps_at_once(group, queries) >= 8
 
 
-@pytest.mark.parametrize(("group", "head_dim", "queries"), [(9, 64, 1), (0, 64, 1), (4, 48, 1), (4, 64, 7), (4, 64, 0)])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "queries"), [(9, 64, 1), (0, 64, 1), (4, 96, 1), (4, 256, 1), (4, 64, 7), (4, 64, 0)]
+)
 def test_what_the_kernel_cannot_read_is_refused(group: int, head_dim: int, queries: int) -> None:
     with pytest.raises(ValueError, match=r"query (heads|tokens)"):
         AttentionShape(1, 1, group, head_dim, 1, queries=queries)

@@ -21,7 +21,7 @@ from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.decode.engine_parts import EngineParts, EngineSpec
 from hma_serve.decode.gpu_runner import GpuStepRunner
 from hma_serve.decode.intake import FusedIntake, MaterialisedIntake, Packed
-from hma_serve.decode.kernels.attention_call import HEADS_AT_ONCE
+from hma_serve.decode.kernels.attention_call import HEAD_DIMS, HEADS_AT_ONCE
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.kernels.step_model import StepModel
@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _RESERVE = 1 << 30
 """Bytes for captured graphs and for the workspaces of cuBLAS."""
+_COPIES_OF_SLOTS = 2
+"""On the GPU at a time at most: as it came, and in its pages' order."""
 _BF16_BYTES = 2
 
 
@@ -50,7 +52,8 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
     _require_supported(spec)
     device = torch.device("cuda", torch.cuda.current_device())
     config = spec.config
-    capacity = kv_capacity(spec, torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device))
+    free = torch.cuda.mem_get_info(device)[0]
+    capacity = kv_capacity(spec, free, torch.cuda.get_device_name(device), slots.nbytes)
     _pin(slots)
     with open_weights(spec.checkpoint, config, device=device, dtype=torch.bfloat16, progress=spec.progress) as weights:
         offsets = None if spec.k_offsets is None else spec.k_offsets.to(device)
@@ -149,21 +152,22 @@ def _require_supported(spec: EngineSpec) -> None:
         raise FailedPrecondition("--device cuda needs an NVIDIA GPU that torch can use", field="--device")
     if spec.dtype is not torch.bfloat16:
         raise InvalidArgument("on a GPU decode computes in bfloat16", field="--dtype")
-    if config.head_dim % 32 or config.group_size > HEADS_AT_ONCE:
+    if config.head_dim not in HEAD_DIMS or config.group_size > HEADS_AT_ONCE:
         raise InvalidArgument(
-            f"the GPU's attention needs head_dim in multiples of 32 and at most {HEADS_AT_ONCE} query heads per KV "
-            f"head; the model has {config.head_dim} and {config.group_size}",
+            f"the GPU's attention needs a head_dim of {', '.join(map(str, HEAD_DIMS))} and at most {HEADS_AT_ONCE} "
+            f"query heads per KV head; the model has {config.head_dim} and {config.group_size}",
             field="--model",
         )
 
 
-def kv_capacity(spec: EngineSpec, free: int, device: str) -> int:
+def kv_capacity(spec: EngineSpec, free: int, device: str, slot_bytes: int) -> int:
     """Unquantised tokens of KV to make room for: as asked, or what is left of the GPU.
 
     Args:
         spec: What to load.
         free: Bytes of the GPU that nobody has taken.
         device: Its name.
+        slot_bytes: Of all slots that blocks arrive in.
 
     Raises:
         FailedPrecondition: That does not fit beside the weights; the message has the arithmetic.
@@ -171,6 +175,7 @@ def kv_capacity(spec: EngineSpec, free: int, device: str) -> int:
     config = spec.config
     per_token = config.kv_elements_per_token * _BF16_BYTES
     workspace = workspace_bytes(config, _BF16_BYTES, tokens=spec.step_tokens, sampled=spec.max_running) + _RESERVE
+    workspace += _COPIES_OF_SLOTS * slot_bytes
     weights = weight_bytes(config, _BF16_BYTES)
     left = (free - weights - workspace) // per_token
     # More than every running request's whole window is of no use; packed ones may be wider than plain ones.

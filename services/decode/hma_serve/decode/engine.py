@@ -362,10 +362,10 @@ class Engine:
     # Step.
 
     def _step(self) -> None:
-        began, begun_before = self._clock(), self._begun
-        self._begun = began
         try:
             self._commitment.prepare(lambda: self._loop.settle(self._take))
+            began, begun_before = self._clock(), self._begun
+            self._begun = began
             taken = self._loop.turn(self._take)
         except StepFailed as exc:
             self._step_failed(exc)

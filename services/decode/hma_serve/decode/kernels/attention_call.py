@@ -17,6 +17,9 @@ from hma_serve.decode.kernels.paged_decode import attend
 HEADS_AT_ONCE: Final = 8
 """Query heads of a KV head at most: the columns of one tensor-core product."""
 
+HEAD_DIMS: Final = (32, 64, 128)
+"""Channels whose scales a lane loads as one, two, four or eight words at a time."""
+
 _TILES = 2
 """Tensor-core products that share a page's loaded and converted bytes when several query tokens are read together.
 
@@ -46,7 +49,7 @@ class AttentionShape:
         rows: Query tokens; a sequence's length may be 0, then the row is left alone.
         kv_heads: KV heads.
         group: Query heads of a KV head, at most 8.
-        head_dim: A multiple of 32.
+        head_dim: Of `HEAD_DIMS`.
         programs: Warps that share the work: a fixed number, whatever the lengths are.
         least: Pages that a program takes at least.
         queries: Query tokens of a sequence that are read together at most; see `queries_at_once`.
@@ -61,7 +64,7 @@ class AttentionShape:
     queries: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 < self.group <= HEADS_AT_ONCE or self.head_dim % 32:
+        if not 0 < self.group <= HEADS_AT_ONCE or self.head_dim not in HEAD_DIMS:
             raise ValueError(f"{self.group} query heads of {self.head_dim} channels a KV head are not supported")
         if not 0 < self.queries <= queries_at_once(self.group, max(_REGISTERS)):
             raise ValueError(f"{self.queries} query tokens of {self.group} heads cannot be read together")

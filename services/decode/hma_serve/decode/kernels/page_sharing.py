@@ -79,7 +79,7 @@ def merge(
 ):
     """Some channels of one (row, head) of the output, if several programs of `attend` left it to this one.
 
-    Few registers matter more than few round trips: the next `attend` of a chain begins when all of this has begun.
+    Few registers matter more than few round trips: a kernel behind this one begins when all of this has begun.
     """
     COLUMNS: tl.constexpr = QUERIES * G
     PADDED: tl.constexpr = (COLUMNS + 7) // 8 * 8
