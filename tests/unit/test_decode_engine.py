@@ -14,7 +14,7 @@ from hma_serve.decode.engine import Engine, EngineLimits
 from hma_serve.decode.grammar import GrammarCompiler, GrammarQueue
 from hma_serve.decode.intake import FusedIntake
 from hma_serve.decode.page_order import Role
-from hma_serve.decode.pages import KvGeometry, Need, PagePool
+from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
 from hma_serve.decode.runner import DrawnTokens, Step
 from hma_serve.decode.sampler import Inputs, Occurrences, Rows, sample
 from hma_serve.decode.sampling_batch import SamplingBatches
@@ -609,6 +609,29 @@ def test_pages_change_hands_only_when_no_step_uses_them() -> None:
     harness.turn()
     assert harness.pool.used_tokens == 0
     assert len(harness.runner.steps) == steps + 1
+
+
+def test_pages_are_free_only_when_the_device_has_let_go_of_them_though_a_step_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harness = Harness(overlap=True)
+    log: list[str] = []
+    harness.turn(admit(1, 5, 0, max_tokens=100))
+    drawn, free = NextNumberStep.drawn, harness.pool.free
+
+    def waited(step: NextNumberStep) -> DrawnTokens:
+        log.append("drawn")
+        return drawn(step)
+
+    def freed(pages: Reservation) -> None:
+        log.append("free")
+        free(pages)
+
+    monkeypatch.setattr(NextNumberStep, "drawn", waited)
+    monkeypatch.setattr(harness.pool, "free", freed)
+    harness.runner.fails = True
+    harness.turn()
+    assert log == ["drawn", "free"]
 
 
 def test_a_failure_ends_everyone_in_the_steps_under_way() -> None:

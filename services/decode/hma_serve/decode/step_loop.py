@@ -11,6 +11,7 @@ pages must not change hands before that step is over, so `leave` says when they 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
@@ -184,9 +185,13 @@ class StepLoop:
 
     def _lost(self, flight: _Flight | None, shares: Items[Share]) -> StepFailed:
         """Nothing is under way any more."""
-        flights = [each for each in (flight, self._flight) if each is not None]
+        last = None if self._flight is flight else self._flight
+        flights = [each for each in (flight, last) if each is not None]
         self._flight = None
         for each in flights:
+            # The device may still write to pages that are free in a moment.
+            with contextlib.suppress(Exception):
+                each.step.drawn()
             for action in each.after:
                 action()
             each.after.clear()
