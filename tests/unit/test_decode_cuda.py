@@ -8,9 +8,10 @@ import torch
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
 from hma_serve.decode.config import build_parser
-from hma_serve.decode.cuda import kv_capacity, open_cuda, stays_packed
+from hma_serve.decode.cuda import expected_kinds, kv_capacity, open_cuda, stays_packed
 from hma_serve.decode.engine_parts import EngineSpec
 from hma_serve.decode.intake import Packed
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, FP8, INTEGER
 from hma_serve.quant import codec_names
 from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT, KV_ROPE_PAIRING_INTERLEAVED, KvRopePairing
 
@@ -39,6 +40,11 @@ def test_what_has_no_kernels_is_refused(monkeypatch: pytest.MonkeyPatch, spec: E
     with pytest.raises(InvalidArgument) as refused:
         open_cuda(spec, memoryview(bytearray(4096)))
     assert refused.value.field == field
+
+
+def test_readers_of_what_may_arrive_are_expected_and_no_others() -> None:
+    assert expected_kinds(["fp8_e4m3fn", "bf16", "int8", "fp8_e4m3fnuz"]) == [FP8, INTEGER]
+    assert expected_kinds(["f32"]) == expected_kinds([]) == [BLOCK_FLOAT]
 
 
 def test_kv_takes_what_is_left_of_the_gpu() -> None:

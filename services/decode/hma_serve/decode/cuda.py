@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from hma_serve.decode.engine_parts import EngineParts, EngineSpec
 from hma_serve.decode.gpu_runner import GpuStepRunner
 from hma_serve.decode.intake import FusedIntake, MaterialisedIntake, Packed
 from hma_serve.decode.kernels.attention_call import HEAD_DIMS, HEADS_AT_ONCE
-from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, PackedKind
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import Role
@@ -73,10 +74,10 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
         step_tokens=spec.step_tokens,
         sequences=spec.max_running,
         max_tokens=spec.max_model_len,
+        kinds=expected_kinds(spec.codecs if spec.kv_mode == "fused" else ()),
         arrivals=intake.arrivals,
     )
-    kinds = (packed_kind(name) for name in spec.codecs)
-    runner.warm_up(list(dict.fromkeys([BLOCK_FLOAT, *(kind for kind in kinds if kind is not None)])))
+    runner.warm_up()
     return EngineParts(
         device=torch.cuda.get_device_name(device),
         device_bytes=torch.cuda.get_device_properties(device).total_memory,
@@ -138,6 +139,12 @@ class CudaIntake:
 
     def _of(self, packed: Packed) -> FusedIntake | MaterialisedIntake:
         return self._fused if self._fused is not None and stays_packed(packed) else self._materialised
+
+
+def expected_kinds(codecs: Sequence[str]) -> list[PackedKind]:
+    """What pages in these codecs hold, in their order; if the kernel reads none of them, block float."""
+    kinds = [kind for name in codecs if (kind := packed_kind(name)) is not None]
+    return list(dict.fromkeys(kinds)) or [BLOCK_FLOAT]
 
 
 def stays_packed(packed: Packed) -> bool:

@@ -73,6 +73,7 @@ class GpuStepRunner:
         step_tokens: Rows of a step at most.
         sequences: Sequences that run at once at most.
         max_tokens: Tokens of a sequence at most.
+        kinds: What packed pages are expected to hold, the most usual first; rows without any go with that.
         arrivals: Where KV is brought into pages; a sequence's first step waits for it. None: it is there.
     """
 
@@ -84,12 +85,14 @@ class GpuStepRunner:
         step_tokens: int,
         sequences: int,
         max_tokens: int,
+        kinds: Sequence[PackedKind] = (BLOCK_FLOAT,),
         arrivals: torch.cuda.Stream | None = None,
     ) -> None:
         if step_tokens > _BUCKETS[-1]:
             raise InvalidArgument(f"a step of {step_tokens} tokens is more than {_BUCKETS[-1]}", field="--step-tokens")
         self._model = model
         self._pool = pool
+        self._expected = kinds
         device = model.device
         self._rows = next(bucket for bucket in _BUCKETS if bucket >= step_tokens)
         self._inputs = torch.zeros((_FIELDS, self._rows), dtype=torch.int32, device=device)
@@ -113,13 +116,13 @@ class GpuStepRunner:
             self._parts[queries] = PartMemory(programs, queries * config.group_size, config.head_dim, device)
 
     @torch.inference_mode()
-    def warm_up(self, kinds: Sequence[PackedKind]) -> None:
-        """Compiles the readers of some kinds of pages, and captures every size of step for the first of them.
+    def warm_up(self) -> None:
+        """Compiles the readers of the expected kinds, and captures every size of step for the first of them.
 
         What is left is captured when it is first needed, which then takes a fraction of a second.
         """
-        for kind in kinds:
-            for bucket in _BUCKETS if kind is kinds[0] else _BUCKETS[:2]:
+        for kind in self._expected:
+            for bucket in _BUCKETS if kind is self._expected[0] else _BUCKETS[:2]:
                 if bucket <= self._rows:
                     self._graph(bucket, ((kind, kind),), extends=False)
                     if bucket > 1:
@@ -167,10 +170,10 @@ class GpuStepRunner:
         return (k, v) if need.packed_groups and k is not None and v is not None else None
 
     def _kinds(self, shares: Sequence[Share]) -> tuple[_Kinds, ...]:
-        """Those of a step; sequences that have none go with the first."""
+        """Those of a step; sequences that have none go with the first, or with the usual one."""
         kinds = {kind for kind in map(self._kind, shares) if kind is not None}
         in_order = sorted(kinds, key=lambda pair: [(each.elements, each.scales) for each in pair])
-        return tuple(in_order) or ((BLOCK_FLOAT, BLOCK_FLOAT),)
+        return tuple(in_order) or ((self._expected[0], self._expected[0]),)
 
     def _graph(self, bucket: int, kinds: tuple[_Kinds, ...], *, extends: bool) -> _Graph:
         graph = self._graphs.get((bucket, kinds, extends))
