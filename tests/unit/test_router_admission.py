@@ -21,9 +21,10 @@ SHORT, LONG = Demand(10, 10), Demand(100, 10)
 
 
 class Seat:
-    def __init__(self, room: Room, placement: Placement) -> None:
+    def __init__(self, room: Room, placement: Placement, kv_tokens: int) -> None:
         self.placement = placement
         self._room = room
+        self._kv_tokens = kv_tokens
         self._taken = True
 
     def release_prefill(self) -> None:
@@ -33,6 +34,7 @@ class Seat:
         if self._taken:
             self._taken = False
             self._room.taken -= 1
+            self._room.kv_tokens -= self._kv_tokens
             self._room.changed()
 
 
@@ -42,6 +44,7 @@ class Room:
     def __init__(self, seats: int, *, prefill: bool = True) -> None:
         self.seats = seats
         self.taken = 0
+        self.kv_tokens = 0
         self.decode = fake_worker(WorkerRole.DECODE, instance="d", max_running=1000)
         self.prefill = fake_worker(WorkerRole.PREFILL, instance="p", max_running=1000) if prefill else None
         self.prefill_full = False
@@ -52,7 +55,12 @@ class Room:
     @property
     def fleet(self) -> Fleet:
         full = self.taken >= self.seats
-        decode = WorkerView(self.decode, self.load, LATER, away_since=self.away_since, refused=full)
+        load = replace(
+            self.load,
+            running=self.load.running + self.taken,
+            kv_free_tokens=self.load.kv_free_tokens - self.kv_tokens,
+        )
+        decode = WorkerView(self.decode, load, LATER, away_since=self.away_since, refused=full)
         if self.prefill is None:
             return Fleet(decodes=(decode,))
         return Fleet((WorkerView(self.prefill, Load(), LATER, refused=self.prefill_full),), (decode,))
@@ -62,9 +70,11 @@ class Room:
         return lambda: self.listeners.remove(listener)
 
     def hold(self, placement: Placement, demand: Demand) -> Held:
+        kv_tokens = demand.kv_tokens(placement.decode.limits)
         self.taken += 1
+        self.kv_tokens += kv_tokens
         assert self.taken <= self.seats
-        return Seat(self, placement)
+        return Seat(self, placement, kv_tokens)
 
     def changed(self) -> None:
         for listener in self.listeners:
@@ -176,6 +186,48 @@ async def test_a_full_prefill_pool_does_not_hold_up_short_prompts() -> None:
     room.prefill_full = False
     room.changed()
     assert (await long).placement.prefill == room.prefill
+
+
+@pytest.mark.parametrize("large", [Demand(100, 100), Demand(10, 190)])
+@pytest.mark.parametrize("small", [Demand(10, 50), Demand(40, 20)])
+@virtual
+async def test_small_requests_do_not_take_the_memory_that_a_large_one_waits_for(large: Demand, small: Demand) -> None:
+    room = Room(9)
+    room.load = Load(kv_capacity_tokens=256, kv_free_tokens=256)
+    admission = Admission(room, max_wait=5)
+    loop = asyncio.get_running_loop()
+
+    async def served(demand: Demand, seconds: float) -> float:
+        arrived = loop.time()
+        held = await admission.acquire(Claim(demand, arrived, LATER))
+        waited = loop.time() - arrived
+        await asyncio.sleep(seconds)
+        held.release()
+        return waited
+
+    # Two to three of them at any time, and four would fit: there is always somebody who holds a part of the memory.
+    tasks = []
+    for number in range(30):
+        tasks.append(asyncio.create_task(served(small, 1)))
+        if number == 5:
+            tasks.append(asyncio.create_task(served(large, 1)))
+        await asyncio.sleep(0.4)
+    assert max(await asyncio.gather(*tasks)) <= 2
+
+
+@virtual
+async def test_who_waits_for_decode_goes_before_the_other_line_only_if_it_ranks_before_it() -> None:
+    room = Room(9)
+    room.load = Load(running=1, kv_capacity_tokens=160, kv_free_tokens=80)
+    admission = Admission(room)
+    large = acquire(admission, Demand(100, 1))
+    await settle()
+    (await acquire(admission, SHORT, priority=1)).release()
+    behind = acquire(admission, SHORT)
+    await settle()
+    assert not behind.done()
+    large.cancel()
+    await behind
 
 
 @virtual

@@ -11,6 +11,7 @@ from hma_serve.kvblock import codec, describe_support
 from hma_serve.router.fleet import Fleet, Load, Share, WorkerView
 from hma_serve.router.pairing import compatible, difference, fallbacks
 from hma_serve.router.placement import (
+    LOCAL,
     RECOVERY_SECONDS,
     Demand,
     Placement,
@@ -275,6 +276,31 @@ def test_a_full_or_briefly_absent_decode_is_worth_waiting_for(state: dict[str, A
 )
 def test_a_gone_or_draining_decode_is_nobody(state: dict[str, Any]) -> None:
     assert refused(place(SHORT, Fleet(decodes=(decode(**state),)), NOW)) is Why.NOBODY
+
+
+FULL, BF16_ONLY = prefill(refused=True), prefill("p2", info={"codecs": (KvCodecId.BF16,)})
+
+
+@pytest.mark.parametrize(
+    ("demand", "prefills", "full", "waits_for"),
+    [
+        (SHORT, (FULL,), {"d1", "d2"}, {"d1", "d2"}),
+        (LONG, (), {"d1", "d2"}, {"d1", "d2"}),
+        (LONG, (prefill(),), {"d1", "d2"}, {"d1"}),
+        (LONG, (FULL,), {"d1", "d2"}, set()),
+        (LONG, (FULL,), set(), set()),
+        (LONG, (FULL, BF16_ONLY), {"d2"}, {"d2"}),
+        (replace(LONG, profile=LOCAL), (FULL,), {"d1", "d2"}, {"d1", "d2"}),
+    ],
+)
+def test_who_waits_says_on_which_decode_workers_it_lacks_nothing_but_room(
+    demand: Demand, prefills: tuple[WorkerView, ...], full: set[str], waits_for: set[str]
+) -> None:
+    decodes = (decode("d1"), decode("d2", info={"codecs": (KvCodecId.BF16,)}), decode("s", info={"max_model_len": 41}))
+    outcome = place(demand, Fleet(prefills, decodes).without_room_on(full), NOW)
+    assert refused(outcome) is Why.BUSY
+    assert isinstance(outcome, Reject)
+    assert outcome.waits_for == waits_for
 
 
 def test_a_briefly_absent_prefill_is_waited_for_rather_than_replaced_by_decode() -> None:

@@ -9,7 +9,9 @@ time, so nothing polls.
 
 Two lines are kept, one for requests that need a prefill worker and one for the others, because a full prefill pool
 must not hold up a prompt that only decode touches. Within a line (`line.py`) the order is strict: the first waits for
-room and nobody overtakes it, so long prompts are not starved by short ones.
+room and nobody overtakes it. Between the lines it is strict where decode is what the first waits for: whoever comes
+after it in the other line leaves the decode workers alone that it may run on. So large requests are not starved by
+small ones.
 
 The event loop's clock is the only clock; a loop with virtual time runs the same code.
 """
@@ -170,7 +172,7 @@ class Admission:
         self._pairs = _Queue()
         self._decode_only = _Queue()
         self._arrivals = itertools.count()
-        self._unsubscribe = capacity.subscribe(self._on_change)
+        self._unsubscribe = capacity.subscribe(self._serve)
 
     @property
     def max_wait(self) -> float:
@@ -201,15 +203,15 @@ class Admission:
         if now >= due:
             raise self._too_late(claim.deadline <= due)
         queue = self._pairs if claim.demand.packed_tokens else self._decode_only
+        waiter = self._waiter(claim, due)
         busy = "other requests wait already"
         if not len(queue.line):
-            outcome = self._place(claim.demand)
+            outcome = self._place(waiter, queue)
             if isinstance(outcome, Placement):
                 return self._capacity.hold(outcome, claim.demand)
             if outcome.why is not Why.BUSY:
                 raise _refusal(outcome)
             busy = outcome.message
-        waiter = self._waiter(claim, due)
         if not claim.resumed:
             self._shed_early(queue, waiter, due - now, busy)
         timer = loop.call_at(due, _give_up, waiter.payload, self._too_late(claim.deadline <= due))
@@ -250,7 +252,6 @@ class Admission:
             return False
         _give_up(victim.payload, _full("another request goes before this one", queue.wait(len(queue.line))))
         queue.line.remove(victim)
-        self._serve(queue)
         return True
 
     def _of(self, tenant: str) -> int:
@@ -261,7 +262,7 @@ class Admission:
         turn = waiter.payload
         queue.line.add(waiter)
         # It may have become the first in line, and may fit where the one behind it does not.
-        self._serve(queue)
+        self._serve()
         try:
             return await turn.room
         except asyncio.CancelledError:
@@ -271,20 +272,15 @@ class Admission:
             raise
         finally:
             if queue.line.remove(waiter):
-                self._serve(queue)
+                self._serve()
 
-    def _on_change(self) -> None:
-        """Serves both lines; room on a decode worker is for whoever of both firsts is next."""
+    def _serve(self) -> None:
+        """Places waiters of both lines, whoever of the two firsts is next, until both have to go on waiting."""
         moving = [self._pairs, self._decode_only]
         while moving:
             queue = min(moving, key=_next_turn)
             if not self._serve_first(queue):
                 moving.remove(queue)
-
-    def _serve(self, queue: _Queue) -> None:
-        """Places waiters in order until the first that has to go on waiting."""
-        while self._serve_first(queue):
-            pass
 
     def _serve_first(self, queue: _Queue) -> bool:
         """Places or refuses the first, if there is one; whether the next may be looked at."""
@@ -296,7 +292,7 @@ class Admission:
             queue.line.remove(waiter)
             return True
         try:
-            outcome = self._place(turn.demand)
+            outcome = self._place(waiter, queue)
         except Exception as exc:
             # A bug is told to the request that shows it; whoever woke the queue goes on.
             queue.line.remove(waiter)
@@ -313,8 +309,15 @@ class Admission:
             turn.room.set_exception(_refusal(outcome))
         return True
 
-    def _place(self, demand: Demand) -> Placement | Reject:
-        return self._policy(demand, self._capacity.fleet, asyncio.get_running_loop().time())
+    def _place(self, waiter: Waiter[_Turn], queue: _Queue) -> Placement | Reject:
+        """Where the next of a line can run now, given what the other line's first waits for if that goes before it."""
+        fleet, now = self._capacity.fleet, asyncio.get_running_loop().time()
+        rival = (self._decode_only if queue is self._pairs else self._pairs).line.first()
+        if rival is not None and rival < waiter:
+            ahead = self._policy(rival.payload.demand, fleet, now)
+            if isinstance(ahead, Reject):
+                fleet = fleet.without_room_on(ahead.waits_for)
+        return self._policy(waiter.payload.demand, fleet, now)
 
     def _too_late(self, deadline_passed: bool) -> HmaError:
         if deadline_passed:

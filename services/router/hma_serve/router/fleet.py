@@ -7,7 +7,8 @@ sent to the same worker.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
 
 from hma_serve.core.cost_model import StepCost, TransferCost, attended_pairs
 from hma_serve.core.worker import WorkerInfo, WorkerState
@@ -79,7 +80,7 @@ class Share:
         requests: How many.
         tokens: Their tokens together: those to compute on prefill, the whole prompt on decode.
         pairs: Of these tokens and the ones that they attend to.
-        kv_tokens: Decode: of KV that it takes for them before they start, at most.
+        kv_tokens: Decode: of KV to count for them (`Demand.kv_tokens`).
     """
 
     requests: int = 0
@@ -170,7 +171,7 @@ class WorkerView:
     def kv_tokens(self) -> int:
         """Decode: tokens of KV held or about to be.
 
-        What is reported counts as what it takes, packed and shared as it is; only the rest as the most that it may.
+        What is reported counts as what it takes, packed and shared as it is; only the rest as if it were neither.
         """
         reported = self.load.kv_used_tokens if self.load else 0
         return reported + self.unreported.kv_tokens
@@ -203,6 +204,15 @@ class Fleet:
 
     prefills: tuple[WorkerView, ...] = ()
     decodes: tuple[WorkerView, ...] = ()
+
+    def without_room_on(self, decodes: Container[str]) -> Fleet:
+        """The same workers, of which these decode instances are full."""
+        return replace(
+            self,
+            decodes=tuple(
+                replace(view, refused=True) if view.info.instance in decodes else view for view in self.decodes
+            ),
+        )
 
     @property
     def max_model_len(self) -> int | None:

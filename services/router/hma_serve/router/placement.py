@@ -97,11 +97,12 @@ class Demand:
         return self.prompt_tokens + self.max_tokens
 
     def kv_tokens(self, decode: WorkerLimits) -> int:
-        """Tokens of KV that a decode worker takes for it before it starts, at most.
+        """Tokens of KV to count for it on a decode worker until that reports it: what it takes unquantised.
 
         All that it may ever need, or what it has and the first new token where memory is overcommitted; in whole
-        groups. That packed pages are smaller and those of a common prefix not taken again, only the worker's own
-        reports say.
+        groups. The worker decides by more than this: packed pages are as large as their codec makes them, mostly
+        smaller, but larger as F32 beside BF16; those of a common prefix are not taken again; free memory may be in
+        pieces that only another codec fits; and one that overcommits refuses whom it could not let finish.
         """
         needed = self.prompt_tokens + self.emitted_tokens + 1 if decode.overcommit else self.total_tokens
         return math.ceil(needed / GROUP_TOKENS) * GROUP_TOKENS
@@ -147,10 +148,12 @@ class Reject:
     Attributes:
         why: Decides whether the request waits.
         message: For the client.
+        waits_for: Decode instances, room on any of which is all that it lacks; none: it needs a prefill worker first.
     """
 
     why: Why
     message: str
+    waits_for: frozenset[str] = frozenset()
 
 
 def place(
@@ -176,19 +179,21 @@ def place(
         there = (view.info for view in fleet.prefills if _expected(view, now))
         found = a_difference(there, [view.info for view in decodes])
         return Reject(Why.NOBODY, f"no prefill worker that any decode worker is compatible with is available{found}")
+    paired = bool(prefills) and not (demand.profile == LOCAL and local_prefill)
+    ready = [view for view in prefills if _prefill_fits(view)]
     free = [view for view in decodes if _decode_fits(view, demand)]
     if not free:
-        return Reject(Why.BUSY, "every decode worker is full")
+        return Reject(Why.BUSY, "every decode worker is full", _sought(decodes, ready, paired))
     work = Work(demand.prompt_tokens, demand.packed_tokens, demand.max_tokens)
     hosts = decode_outlooks(free, work)
     weigh = _Weighing(demand, now)
-    if not prefills or (demand.profile == LOCAL and local_prefill):
+    if not paired:
         return _best([weigh.alone(host) for host in hosts], demand.slo).placement
-    makers = prefill_outlooks(filter(_prefill_fits, prefills), work, demand.cached, now)
+    makers = prefill_outlooks(ready, work, demand.cached, now)
     pairs = weigh.pairs(_shortlist(makers, _MAKER_MERITS), _shortlist(hosts, _HOST_MERITS))
     pairs = pairs or weigh.pairs(makers, hosts)
     if not pairs:
-        return Reject(Why.BUSY, "every prefill worker is full")
+        return Reject(Why.BUSY, "every prefill worker is full", _sought(decodes, ready, paired))
     best = _best(pairs, demand.slo)
     if demand.prompt_tokens <= local_tokens and demand.profile is None and best.prediction.measured:
         alone = _best([weigh.alone(host) for host in hosts], demand.slo)
@@ -232,6 +237,15 @@ def _decode_fits(view: WorkerView, demand: Demand) -> bool:
 def _prefill_fits(view: WorkerView) -> bool:
     limits = view.info.limits
     return view.open and not view.refused and view.requests < limits.max_running + limits.max_waiting
+
+
+def _sought(decodes: Iterable[WorkerView], ready: Sequence[WorkerView], paired: bool) -> frozenset[str]:
+    """Decode instances that a request could begin on if they had room; paired: that a ready prefill can send to."""
+    return frozenset(
+        view.info.instance
+        for view in decodes
+        if not paired or any(compatible(prefill.info, view.info) for prefill in ready)
+    )
 
 
 def _quiet(view: WorkerView, now: float) -> bool:
