@@ -190,27 +190,30 @@ async def test_a_full_prefill_pool_does_not_hold_up_short_prompts() -> None:
 
 @pytest.mark.parametrize("large", [Demand(100, 100), Demand(10, 190)])
 @pytest.mark.parametrize("small", [Demand(10, 50), Demand(40, 20)])
+@pytest.mark.parametrize("tenant", ["", "another"])
 @virtual
-async def test_small_requests_do_not_take_the_memory_that_a_large_one_waits_for(large: Demand, small: Demand) -> None:
+async def test_small_requests_do_not_take_the_memory_that_a_large_one_waits_for(
+    large: Demand, small: Demand, tenant: str
+) -> None:
     room = Room(9)
     room.load = Load(kv_capacity_tokens=256, kv_free_tokens=256)
     admission = Admission(room, max_wait=5)
     loop = asyncio.get_running_loop()
 
-    async def served(demand: Demand, seconds: float) -> float:
+    async def served(demand: Demand, tenant: str = "") -> float:
         arrived = loop.time()
-        held = await admission.acquire(Claim(demand, arrived, LATER))
+        held = await admission.acquire(Claim(demand, arrived, LATER, tenant=tenant))
         waited = loop.time() - arrived
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(1)
         held.release()
         return waited
 
     # Two to three of them at any time, and four would fit: there is always somebody who holds a part of the memory.
     tasks = []
     for number in range(30):
-        tasks.append(asyncio.create_task(served(small, 1)))
+        tasks.append(asyncio.create_task(served(small, tenant)))
         if number == 5:
-            tasks.append(asyncio.create_task(served(large, 1)))
+            tasks.append(asyncio.create_task(served(large)))
         await asyncio.sleep(0.4)
     assert max(await asyncio.gather(*tasks)) <= 2
 
@@ -415,6 +418,25 @@ async def test_both_lines_take_turns_where_decode_is_what_they_wait_for() -> Non
         seat.release()
         seat = await waiter
     seat.release()
+
+
+@virtual
+async def test_tenants_take_turns_between_the_lines() -> None:
+    admission = Admission(Room(1))
+    seat = await acquire(admission)
+    order: list[str] = []
+
+    async def queued(tenant: str, demand: Demand) -> None:
+        held = await admission.acquire(Claim(demand, START, LATER, tenant=tenant))
+        order.append(tenant)
+        held.release()
+
+    requests = [("greedy", LONG)] * 4 + [("modest", SHORT)] * 2
+    tasks = [asyncio.create_task(queued(*request)) for request in requests]
+    await settle()
+    seat.release()
+    await asyncio.gather(*tasks)
+    assert order == ["greedy", "modest", "greedy", "modest", "greedy", "greedy"]
 
 
 def queue_up(admission: Admission, tenant: str, *, priority: int = 0) -> asyncio.Task[Held]:

@@ -11,7 +11,8 @@ Two lines are kept, one for requests that need a prefill worker and one for the 
 must not hold up a prompt that only decode touches. Within a line (`line.py`) the order is strict: the first waits for
 room and nobody overtakes it. Between the lines it is strict where decode is what the first waits for: whoever comes
 after it in the other line leaves the decode workers alone that it may run on. So large requests are not starved by
-small ones.
+small ones. Who comes after whom is the same as within a line, but tenants take turns there, whatever their requests
+cost.
 
 The event loop's clock is the only clock; a loop with virtual time runs the same code.
 """
@@ -171,6 +172,7 @@ class Admission:
         self._max_wait = max_wait
         self._pairs = _Queue()
         self._decode_only = _Queue()
+        self._served_last = self._pairs
         self._arrivals = itertools.count()
         self._unsubscribe = capacity.subscribe(self._serve)
 
@@ -208,6 +210,7 @@ class Admission:
         if not len(queue.line):
             outcome = self._place(waiter, queue)
             if isinstance(outcome, Placement):
+                self._served_last = queue
                 return self._capacity.hold(outcome, claim.demand)
             if outcome.why is not Why.BUSY:
                 raise _refusal(outcome)
@@ -276,11 +279,8 @@ class Admission:
 
     def _serve(self) -> None:
         """Places waiters of both lines, whoever of the two firsts is next, until both have to go on waiting."""
-        moving = [self._pairs, self._decode_only]
-        while moving:
-            queue = min(moving, key=_next_turn)
-            if not self._serve_first(queue):
-                moving.remove(queue)
+        while any(self._serve_first(queue) for queue in self._in_order()):
+            pass
 
     def _serve_first(self, queue: _Queue) -> bool:
         """Places or refuses the first, if there is one; whether the next may be looked at."""
@@ -301,6 +301,7 @@ class Admission:
         if isinstance(outcome, Placement):
             queue.line.serve(waiter)
             queue.admitted(asyncio.get_running_loop().time())
+            self._served_last = queue
             turn.room.set_result(self._capacity.hold(outcome, turn.demand))
         elif outcome.why is Why.BUSY:
             return False
@@ -312,23 +313,32 @@ class Admission:
     def _place(self, waiter: Waiter[_Turn], queue: _Queue) -> Placement | Reject:
         """Where the next of a line can run now, given what the other line's first waits for if that goes before it."""
         fleet, now = self._capacity.fleet, asyncio.get_running_loop().time()
-        rival = (self._decode_only if queue is self._pairs else self._pairs).line.first()
-        if rival is not None and rival < waiter:
+        rival = self._rival(waiter, queue)
+        if rival is not None:
             ahead = self._policy(rival.payload.demand, fleet, now)
             if isinstance(ahead, Reject):
                 fleet = fleet.without_room_on(ahead.waits_for)
         return self._policy(waiter.payload.demand, fleet, now)
 
+    def _in_order(self) -> tuple[_Queue, _Queue]:
+        """The lines, that one first whose first goes before the other's."""
+        first = self._pairs.line.first()
+        if first is None or self._rival(first, self._pairs) is not None:
+            return self._decode_only, self._pairs
+        return self._pairs, self._decode_only
+
+    def _rival(self, waiter: Waiter[_Turn], queue: _Queue) -> Waiter[_Turn] | None:
+        """The other line's first, if it goes before the next of this one."""
+        rival = (self._decode_only if queue is self._pairs else self._pairs).line.first()
+        if rival is None:
+            return None
+        turns = rival.rank == waiter.rank and rival.tenant != waiter.tenant
+        return rival if (self._served_last is queue if turns else rival < waiter) else None
+
     def _too_late(self, deadline_passed: bool) -> HmaError:
         if deadline_passed:
             return DeadlineExceeded("the deadline passed while the request waited for a worker")
         return WaitedTooLong(f"no worker had room within {self._max_wait:g} s", retry_after=_RETRY_WHEN_FULL)
-
-
-def _next_turn(queue: _Queue) -> tuple[tuple[int, int], float, int]:
-    """When a line's first is to be served; an empty line comes at once and says that it is empty."""
-    first = queue.line.first()
-    return ((-1, 0), 0.0, 0) if first is None else (first.rank, first.urgent_by, first.arrival)
 
 
 def _give_up(turn: _Turn, error: HmaError) -> None:
