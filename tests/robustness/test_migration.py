@@ -14,6 +14,8 @@ import os
 import random
 import signal
 
+import pytest
+
 from hma_serve.client import AsyncClient, Completion
 from hma_serve.core.groups import packed_tokens
 from hma_serve.router.prediction import STALE_SECONDS
@@ -155,12 +157,27 @@ async def test_an_engine_that_hangs_gets_no_new_requests(fleet: ProcessFleet) ->
         (engine,) = descendants(worker.process.pid)
         os.kill(engine, signal.SIGSTOP)
         try:
-            await asyncio.sleep(STALE_SECONDS + 1)
+            await asyncio.sleep(STALE_SECONDS + 2)
             async with asyncio.timeout(TICKET_SECONDS):
                 await asyncio.gather(*(ask(client, prompt, new_tokens=20) for _ in range(6)))
         finally:
             os.kill(engine, signal.SIGCONT)
         assert (await held).usage.migrations == 0
+    await fleet.idle()
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_an_engine_that_hangs_with_nothing_to_do_gets_nothing(fleet: ProcessFleet, role: str) -> None:
+    prompt = sample_prompt(200, 500)
+    await fleet.settled(prefill=2, decode=2)
+    (engine,) = descendants(fleet.of(role)[0].process.pid)
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(STALE_SECONDS + 2)
+        async with AsyncClient(fleet.routers) as client, asyncio.timeout(TICKET_SECONDS):
+            await asyncio.gather(*(ask(client, prompt, new_tokens=20) for _ in range(6)))
+    finally:
+        os.kill(engine, signal.SIGCONT)
     await fleet.idle()
 
 

@@ -87,7 +87,9 @@ async def test_a_loop_that_goes_round_answers_pulses_and_one_that_does_not_is_st
     for _ in range(5):
         assert await asyncio.to_thread(engine.receive, None) == []
     assert not stuck.done()
+    assert front.silent_seconds <= 0.3
     await stuck
+    assert front.silent_seconds == pytest.approx(1.2)
     # What was said meanwhile is not lost in the pulses.
     await front.send(TokenIds(ids=[1]))
     await front.send(TokenIds())

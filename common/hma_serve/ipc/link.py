@@ -29,6 +29,7 @@ SEND_TIMEOUT = 30.0
 _LENGTH = struct.Struct("<I")
 _PULSE = _LENGTH.pack(0xFFFFFFFF)
 _PULSES = 4
+_PULSE_SECONDS = 1.0
 _READ_CHUNK = 1 << 18
 
 Received = TypeVar("Received", bound=Message)
@@ -62,7 +63,11 @@ def _checked_length(head: bytes) -> int:
 
 
 class AsyncLink(Generic[Received]):
-    """The event loop's end. Sending is safe from many tasks; receiving is for one."""
+    """The event loop's end. Sending is safe from many tasks; receiving is for one.
+
+    Attributes:
+        silent_seconds: For how long pulses have gone unanswered, while `stuck` sends them.
+    """
 
     def __init__(self, sock: socket.socket, receives: type[Received]) -> None:
         self._sock = sock
@@ -71,6 +76,7 @@ class AsyncLink(Generic[Received]):
         self._writer: asyncio.StreamWriter | None = None
         self._sending = asyncio.Lock()
         self._heard = 0
+        self.silent_seconds = 0.0
 
     async def open(self) -> None:
         """Takes the socket into the running loop; call once before anything else."""
@@ -123,14 +129,16 @@ class AsyncLink(Generic[Received]):
 
         Pulses without an answer are counted, not seconds: what passes while this process is stopped is nobody's fault.
         """
-        unanswered = 0
-        while unanswered < _PULSES:
+        interval = min(_PULSE_SECONDS, seconds / _PULSES)
+        unanswered, enough = 0, round(seconds / interval)
+        while unanswered < enough:
             heard = self._heard
             if self._writer is not None:
                 # Not awaited: a full socket is what a stuck side looks like, and a pulse is four bytes.
                 self._writer.write(_PULSE)
-            await asyncio.sleep(seconds / _PULSES)
+            await asyncio.sleep(interval)
             unanswered = 0 if self._heard != heard else unanswered + 1
+            self.silent_seconds = unanswered * interval
 
     async def close(self) -> None:
         """Closes the socket; idempotent."""

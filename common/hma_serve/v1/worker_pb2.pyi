@@ -364,8 +364,8 @@ class WorkerLoad(_message.Message):
     kv_free_tokens: _builtins.int
     """Decode: tokens of KV that are free for new requests; 0 while requests that hold some wait for more."""
     engine_silent_seconds: _builtins.float
-    """Decode: seconds since the engine last said its load, which it does several times a second, or after each longer step,
-    while requests run. 0 while none does.
+    """For how long the process that computes has not answered the one that speaks, which asks every second; it answers
+    between two steps, or layers.
     """
     @_builtins.property
     def cost(self) -> Global___CostModel: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from hma_serve.v1 import worker_pb2
 
@@ -14,10 +15,12 @@ class WatchedLoad(abc.ABC):
 
     Attributes:
         draining: The worker is leaving: admission refuses, and routers are told.
+        engine_silent_seconds: Says for how long the engine has not answered.
     """
 
     def __init__(self) -> None:
         self.draining = False
+        self.engine_silent_seconds: Callable[[], float] = lambda: 0.0
         self._changed = asyncio.Event()
 
     @property

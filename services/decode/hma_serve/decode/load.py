@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from hma_serve.internal.v1 import decode_engine_pb2
 from hma_serve.v1 import worker_pb2
 from hma_serve.worker import WatchedLoad
 
 
 class Load(WatchedLoad):
-    """The gauges; confined to one event loop.
+    """The gauges; confined to one event loop."""
 
-    Args:
-        clock: Monotonic seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._clock = clock
-        self._heard_at = 0.0
         self.streams = 0
         self.kv_capacity_tokens = 0
         self.engine = decode_engine_pb2.DecodeEngineLoad()
@@ -29,11 +20,6 @@ class Load(WatchedLoad):
     def requests(self) -> int:
         """Open calls of Generate."""
         return self.streams
-
-    @property
-    def engine_silent_seconds(self) -> float:
-        """Since the engine last said its load; 0 while nothing runs, when it has nothing to say."""
-        return self._clock() - self._heard_at if self.engine.running else 0.0
 
     def snapshot(self) -> worker_pb2.WorkerLoad:
         """The gauges now."""
@@ -48,13 +34,12 @@ class Load(WatchedLoad):
             context_tokens=engine.context_tokens,
             step_seconds=engine.step_seconds,
             cost=engine.cost,
-            engine_silent_seconds=self.engine_silent_seconds,
+            engine_silent_seconds=self.engine_silent_seconds(),
         )
 
     def engine_said(self, engine: decode_engine_pb2.DecodeEngineLoad) -> None:
         """The engine's load has come."""
         self.engine = engine
-        self._heard_at = self._clock()
         self.notify()
 
     def stream_opened(self) -> None:

@@ -167,6 +167,7 @@ class _Worker:
         process = await spawn_engine(
             ENGINE_MODULE, argv, receives=decode_engine_pb2.DecodeEngineEvent, arena=arena, sockets=inherited
         )
+        self._load.engine_silent_seconds = lambda: process.link.silent_seconds
         client = EngineClient(process.link, slots, on_load=self._take_load, places=1 + config.receivers)
         end = asyncio.create_task(client.run())
         watch = asyncio.create_task(process.watch(client.ready, config.engine_timeout))

@@ -78,6 +78,7 @@ class Load(WatchedLoad):
             queue_seconds=self.queue_seconds,
             cost=cost.to_proto() if cost.known else None,
             transfer=None if self.transfer is None else self.transfer.cost.to_proto(),
+            engine_silent_seconds=self.engine_silent_seconds(),
         )
 
 

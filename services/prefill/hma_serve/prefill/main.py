@@ -87,7 +87,7 @@ class _Worker:
             layers=layout.layers,
         )
         arena = stack.enter_context(_arena(config, model))
-        engine, engine_end = await stack.enter_async_context(_engine(config, model, arena))
+        engine, engine_end = await stack.enter_async_context(_engine(config, model, arena, self._load))
         ready = await engine.ready()
         transfers = await stack.enter_async_context(self._transfers(model, arena, ready.device))
         servicer = PrefillServicer(
@@ -158,7 +158,7 @@ def _admission(config: PrefillConfig, model: ServedModel) -> Admission:
 
 @contextlib.asynccontextmanager
 async def _engine(
-    config: PrefillConfig, model: ServedModel, arena: Arena
+    config: PrefillConfig, model: ServedModel, arena: Arena, load: Load
 ) -> AsyncIterator[tuple[EngineClient, asyncio.Task[HmaError]]]:
     """The engine process and the task that speaks with it; both are over when the context is."""
     capacity = decide_capacity(config, model, available_memory())
@@ -187,6 +187,7 @@ async def _engine(
         flags["--k-offsets"] = config.k_offsets
     argv = [str(part) for pair in flags.items() for part in pair]
     process = await spawn_engine(ENGINE_MODULE, argv, receives=prefill_engine_pb2.PrefillEngineEvent, arena=arena)
+    load.engine_silent_seconds = lambda: process.link.silent_seconds
     client = EngineClient(process)
     end = asyncio.create_task(client.run())
     watch = asyncio.create_task(process.watch(client.ready, config.engine_timeout))

@@ -33,7 +33,7 @@ class Load:
         token_seconds: Running mean of a prompt token's computation.
         cost: What its steps take.
         transfer: Prefill: what KV takes on its way to decode.
-        engine_silent_seconds: Decode: since its engine was last heard of; 0 while nothing runs.
+        engine_silent_seconds: For how long its engine has not answered.
     """
 
     draining: bool = False
