@@ -1,5 +1,6 @@
 """The engine's steps on a GPU against the same on the CPU: the demo model, prompts of every kind in one batch."""
 
+import mmap
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,9 @@ CONFIG = read_model_config(CHECKPOINT)
 TIE = 0.25
 """Where the likeliest two logprobs are as close as this, BF16 on another device may choose the other one."""
 
+
+SLOTS = {mode: mmap.mmap(-1, 1 << 21) for mode in ("fused", "materialise")}
+"""Pinned as long as the process lives, so a range of addresses of its own for each."""
 
 GREEDY = SamplingParams(temperature=0, logprobs=2)
 
@@ -125,12 +129,11 @@ def _sequence(parts: EngineParts, number: int, prompt: Prompt, new: int) -> Sequ
     )
 
 
-@pytest.mark.parametrize("kv_mode", ["fused", "materialise"])
+@pytest.mark.parametrize("kv_mode", SLOTS)
 def test_tokens_are_those_of_the_cpu(kv_mode: str) -> None:
     from hma_serve.decode.cuda import open_cuda
 
-    slots = memoryview(bytearray(1 << 21))
-    there = generate(open_cuda(spec(kv_mode), slots), 48)
+    there = generate(open_cuda(spec(kv_mode), memoryview(SLOTS[kv_mode])), 48)
     here = generate(open_cpu(replace(spec(kv_mode), kv_mode="fused")), 48)
     ties = []
     for number, (ours, theirs) in enumerate(zip(there, here, strict=True)):
