@@ -32,7 +32,8 @@ from bench.figures import provenance
 
 PARTS = ("8B", "attention", "extend", "8B-extend", "32B", "14B", "4B", "codecs", "beside")
 TABLES = ("attention", "steps", "extend", "extend_steps", "beside")
-COMPILED: dict[str, list[Any]] = {**attention.COMPILED, "extend": extend.COMPILED}
+COMPILED: dict[str, list[str]] = {**attention.COMPILED, "extend": extend.COMPILED, "beside": beside.COMPILED}
+"""By part: calls that compile, each in a process of its own, what will be timed."""
 
 
 def main() -> int:
@@ -90,10 +91,9 @@ def _measure(copy: float, part: str) -> tuple[str, Iterator[Any]]:
 
 
 def _compile(parts: Iterable[str]) -> list[subprocess.Popen[bytes]]:
-    """Processes that each compile one form of the kernel that will be timed."""
-    forms = [form for part in parts for form in COMPILED.get(part, ())]
-    program = "from bench.decode import attention as a; a.fused_us{}"
-    return [subprocess.Popen([sys.executable, "-c", program.format(form)]) for form in forms]
+    calls = [call for part in parts for call in COMPILED.get(part, ())]
+    program = "from bench.decode import attention, beside; {}"
+    return [subprocess.Popen([sys.executable, "-c", program.format(call)]) for call in calls]
 
 
 def _check(out: Path, expression: str) -> bool:

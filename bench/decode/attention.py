@@ -25,8 +25,11 @@ PARTS = {
 }
 """Query heads of a KV head, and the format."""
 
-COMPILED = {part: [(group, name, [64, 64]) for group, name in shapes if KINDS[name]] for part, shapes in PARTS.items()}
-"""By part: arguments of `fused_us`, small, that compile everything."""
+COMPILED = {
+    part: [f"attention.fused_us({group}, {name!r}, [64, 64])" for group, name in shapes if KINDS[name]]
+    for part, shapes in PARTS.items()
+}
+"""By part: calls, small, that compile everything."""
 
 
 @dataclass(frozen=True)

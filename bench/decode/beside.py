@@ -20,6 +20,9 @@ KV_HEADS, HEAD_DIM = 8, 128
 CACHE_BYTES = 3e8
 """What the works of a graph should touch together, so that no cache holds it."""
 
+CONTEXTS = (1024, 4096, 16384)
+"""Tokens of a sequence."""
+
 GROUPS = (4, 8, 5)
 """Query heads of a KV head."""
 
@@ -45,7 +48,7 @@ class BesideRow:
 
 def points() -> Iterator[tuple[int, int]]:
     """Contexts and batches; the largest batch of the longest context is left out."""
-    pairs = product((1024, 4096, 16384), (1, 8, 32, 128))
+    pairs = product(CONTEXTS, (1, 8, 32, 128))
     return ((context, batch) for context, batch in pairs if batch * context <= 32 * 16384)
 
 
@@ -114,6 +117,20 @@ def flashinfer_us(group: int, batch: int, context: int) -> float | None:
     )
     q = _queries(group, batch, 1).squeeze(2)
     return microseconds([partial(wrapper.run, q, cache) for cache in caches * 4])
+
+
+COMPILED = [
+    "beside.flashinfer_us(4, 1, 1024)",
+    *(f"beside.compile_flex({group}, {context})" for group in GROUPS for context in CONTEXTS),
+]
+"""Calls that fill the caches of torch's and of FlashInfer's compiler."""
+
+
+def compile_flex(group: int, context: int) -> None:
+    """flex_attention for every batch of a context; torch finds it again in another process."""
+    for each, batch in points():
+        if each == context:
+            flex_us(group, batch, context)
 
 
 def measure() -> Iterator[BesideRow]:

@@ -24,8 +24,12 @@ def ways(group: int) -> list[int]:
     return sorted({1, *(queries_at_once(group, tiles) for tiles in (1, 2, 3))})
 
 
-COMPILED = [(group, name, [64, 64], 32, queries) for group, name in SHAPES for queries in ways(group)]
-"""Arguments of `fused_us`, small, that compile everything."""
+COMPILED = [
+    f"attention.fused_us({group}, {name!r}, [64, 64], 32, {queries})"
+    for group, name in SHAPES
+    for queries in ways(group)
+]
+"""Calls, small, that compile everything."""
 
 
 @dataclass(frozen=True)
