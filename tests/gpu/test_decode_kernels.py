@@ -10,7 +10,7 @@ from support.decode_kernel_checks import (
     AttentionCheck,
     extend_grid,
     grid,
-    matvec_error,
+    product_error,
     step_error,
 )
 
@@ -41,5 +41,6 @@ def test_a_step_agrees_with_the_model() -> None:
 
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
-def test_a_single_row_product_agrees_with_float64(shape: tuple[int, int]) -> None:
-    assert matvec_error(*shape, ptx=True) <= ATTENTION_ERROR
+@pytest.mark.parametrize("rows", [1, 2, 17, 32])
+def test_a_product_of_few_rows_agrees_with_float64(rows: int, shape: tuple[int, int]) -> None:
+    assert product_error(rows, *shape, ptx=True) <= ATTENTION_ERROR

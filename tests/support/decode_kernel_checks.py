@@ -23,6 +23,7 @@ from hma_serve.decode.kernels.attention_call import AttentionShape, queries_at_o
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
 from hma_serve.decode.kernels.matvec import matvec
 from hma_serve.decode.kernels.page_orders import fragment_page
+from hma_serve.decode.kernels.skinny import skinny
 from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import PageOrders, Role, page_order
 from hma_serve.decode.pages import KvGeometry, Need, PagePool, Reservation
@@ -43,7 +44,7 @@ STEP_ERROR = 2e-2 if ON_GPU else 5e-2
 
 
 MATRICES = [(37, 100), (6144, 4096), (4096, 12288), (151936, 2560), (5120, 5120)]
-"""Outputs and inputs of single rows' products."""
+"""Outputs and inputs of products of few rows."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ def step_error(*, ptx: bool) -> float:
     """The runner's step of a small model over a packed prompt, the end of another, a prompt, and a single token."""
     config = ModelConfig(
         vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=256,
+        intermediate_size=160,
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
@@ -203,15 +204,18 @@ def step_error(*, ptx: bool) -> float:
     return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
-def matvec_error(outputs: int, width: int, *, ptx: bool) -> float:
-    """Of one row's product against float64."""
+def product_error(rows: int, outputs: int, width: int, *, ptx: bool) -> float:
+    """Of a product of few rows against float64, its parts added."""
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(1, width, generator=generator)
+    x = torch.randn(rows, width, generator=generator)
     matrix = torch.randn(outputs, width, generator=generator)
-    if ON_GPU:
+    if ptx:
         x, matrix = x.bfloat16(), matrix.bfloat16()
     expected = x.double() @ matrix.double().T
-    found = matvec(x.to(DEVICE), matrix.to(DEVICE), pdl=ptx).cpu().double()
+    multiply = matvec if rows == 1 else skinny
+    with _no_device() if not ON_GPU else nullcontext():
+        found = multiply(x.to(DEVICE), matrix.to(DEVICE), pdl=ptx).cpu().double()
+    found = found.view(-1, rows, outputs).sum(0)
     return float((found - expected).norm() / expected.norm())
 
 
@@ -301,7 +305,7 @@ class _EagerRunner(GpuStepRunner):
 @contextmanager
 def _no_device() -> Iterator[None]:
     """Stands in for what the runner asks of CUDA."""
-    properties = SimpleNamespace(multi_processor_count=1)
+    properties = SimpleNamespace(multi_processor_count=4)
     with (
         patch.object(torch.Tensor, "pin_memory", lambda self: self),
         patch.object(torch.cuda, "graph_pool_handle", lambda: (0, 0)),
@@ -316,7 +320,10 @@ def main() -> None:
     if part == "step":
         errors = [
             ("step", step_error(ptx=False), STEP_ERROR),
-            ("matvec", matvec_error(*MATRICES[0], ptx=False), ATTENTION_ERROR),
+            *(
+                (f"{rows} rows times {shape}", product_error(rows, *shape, ptx=False), ATTENTION_ERROR)
+                for rows, shape in [(1, (37, 100)), (3, (37, 100)), (32, (70, 520))]
+            ),
         ]
     else:
         errors = [(str(check), check.run(ptx=False), ATTENTION_ERROR) for check in CORNER[part]]

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from support.decode_kernel_checks import CORNER, MATRICES, matvec_error, step_error
+from support.decode_kernel_checks import CORNER, product_error, step_error
 
 _launch = JITFunction.run
 
@@ -59,12 +59,14 @@ def main() -> None:
         patch.object(torch.backends.cuda, "preferred_blas_library"),
     ):
         step_error(ptx=True)
-        matvec_error(*MATRICES[0], ptx=True)
+        for rows in (1, 32):
+            product_error(rows, 37, 100, ptx=True)
+            product_error(rows, 96, 640, ptx=True)
         for checks in CORNER.values():
             checks[-1].run(ptx=True)
     for name, forms in sorted(sizes.items()):
         print(name, *sorted(forms))
-    expected = {"_matvec", "attend", "embed", "gate", "merge", "number_pages", "project", "residual_norm"}
+    expected = {"_matvec", "attend", "embed", "gate", "merge", "number_pages", "project", "residual_norm", "_skinny"}
     assert set(sizes) == expected, sizes
 
 

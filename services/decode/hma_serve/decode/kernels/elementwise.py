@@ -3,6 +3,8 @@
 All four are bound by launches and latency, not by bytes: at 128 rows none moves more than a few megabytes. Arithmetic
 is float32 between reads and writes, rounded where the model (`hma_serve.model`) rounds, so both give the same BF16.
 
+What is read of a product may come in parts, [parts, rows, channels] (`skinny`); they are added where they are read.
+
 With PDL a kernel is launched while the one before still runs, and waits for it where it first needs its result.
 """
 
@@ -26,10 +28,27 @@ def embed(TOKEN, LAST, TABLE, HIDDEN, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _added(PRODUCT, stride, mask, PARTS: tl.constexpr, KIND: tl.constexpr):
+    """Elements of a product whose parts stand `stride` apart: float32, rounded to KIND as one part would be."""
+    total = tl.load(PRODUCT, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(PRODUCT + part * stride, mask=mask, other=0.0)
+    return total.to(KIND).to(tl.float32)
+
+
+@triton.jit
 def residual_norm(
-    HIDDEN, DELTA, GAIN, OUT, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr
+    HIDDEN,
+    DELTA,  # a product
+    GAIN,
+    OUT,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,  # of DELTA; 0: there is none
+    PDL: tl.constexpr,
 ):
-    """HIDDEN += DELTA if ADD, then OUT = GAIN * HIDDEN / rms(HIDDEN); a row a program."""
+    """HIDDEN += DELTA if there is one, then OUT = GAIN * HIDDEN / rms(HIDDEN); a row a program."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -38,8 +57,8 @@ def residual_norm(
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(HIDDEN + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(DELTA + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        x += _added(DELTA + row * WIDTH + column, tl.num_programs(0) * WIDTH, inside, PARTS, HIDDEN.dtype.element_ty)
         rounded = x.to(HIDDEN.dtype.element_ty)
         tl.store(HIDDEN + row * WIDTH + column, rounded, mask=inside)
         x = rounded.to(tl.float32)
@@ -49,18 +68,20 @@ def residual_norm(
 
 
 @triton.jit
-def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """silu(first half) * second half of a row."""
+def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+    """silu(first half) * second half of a row of a product."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    x = tl.load(UP + row * (2 * WIDTH) + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(UP + row * (2 * WIDTH) + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    silu = (x / (1.0 + tl.exp(-x))).to(OUT.dtype.element_ty).to(tl.float32)
-    tl.store(OUT + row * WIDTH + column, (silu * up).to(OUT.dtype.element_ty), mask=inside)
+    kind: tl.constexpr = OUT.dtype.element_ty
+    stride = tl.num_programs(0) * (2 * WIDTH)
+    x = _added(UP + row * (2 * WIDTH) + column, stride, inside, PARTS, kind)
+    up = _added(UP + row * (2 * WIDTH) + WIDTH + column, stride, inside, PARTS, kind)
+    silu = (x / (1.0 + tl.exp(-x))).to(kind).to(tl.float32)
+    tl.store(OUT + row * WIDTH + column, (silu * up).to(kind), mask=inside)
 
 
 @triton.jit
@@ -92,7 +113,7 @@ def _value_place(token, channel, D: tl.constexpr):
 
 @triton.jit
 def project(
-    QKV,  # bf16 [rows, heads of q, then of k, then of v, D]
+    QKV,  # a product, [parts, rows, heads of q, then of k, then of v, D]
     Q_GAIN,
     K_GAIN,
     COS_SIN,  # fp32 [positions, D]: cosines, then sines
@@ -114,6 +135,7 @@ def project(
     D: tl.constexpr,
     HEADS: tl.constexpr,  # a power of two, at least G
     OFFSET: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One (row, KV head): its queries and key normed and rotated, key and value written to their plain page."""
@@ -132,10 +154,11 @@ def project(
         cos = tl.load(COS_SIN + position * D + channel)[None, :]
         sin = tl.load(COS_SIN + position * D + half + channel)[None, :]
         qkv = QKV + row * ((G + 2) * KV * D)
+        stride = tl.num_programs(0) * ((G + 2) * KV * D)
         at = (head * G + member)[:, None] * D + channel[None, :]
         there = (member < G)[:, None]
-        low = tl.load(qkv + at, mask=there, other=0.0).to(tl.float32)
-        high = tl.load(qkv + at + half, mask=there, other=0.0).to(tl.float32)
+        low = _added(qkv + at, stride, there, PARTS, kind)
+        high = _added(qkv + at + half, stride, there, PARTS, kind)
         low, high = _normed(low, high, Q_GAIN, channel, eps, D, kind)
         q_low = (low * cos - high * sin).to(kind)
         q_high = (high * cos + low * sin).to(kind)
@@ -162,12 +185,15 @@ def project(
         value_page = memory + tl.load(VTABLE + entry).to(tl.int64) * 8
         one = tl.arange(0, 1)[:, None] * 0
         key = qkv + (KV * G + head) * D + channel[None, :] + one
-        low = tl.load(key).to(tl.float32)
-        high = tl.load(key + half).to(tl.float32)
+        all_there = (channel >= 0)[None, :]
+        low = _added(key, stride, all_there, PARTS, kind)
+        high = _added(key + half, stride, all_there, PARTS, kind)
         low, high = _normed(low, high, K_GAIN, channel, eps, D, kind)
         spot = channel[None, :] + one
         tl.store(key_page + _key_place(token, spot, D), (low * cos - high * sin).to(kind))
         tl.store(key_page + _key_place(token, spot + half, D), (high * cos + low * sin).to(kind))
         value = qkv + (KV * (G + 1) + head) * D + channel[None, :] + one
-        tl.store(value_page + _value_place(token, spot, D), tl.load(value))
-        tl.store(value_page + _value_place(token, spot + half, D), tl.load(value + half))
+        low = _added(value, stride, all_there, PARTS, kind)
+        high = _added(value + half, stride, all_there, PARTS, kind)
+        tl.store(value_page + _value_place(token, spot, D), low.to(kind))
+        tl.store(value_page + _value_place(token, spot + half, D), high.to(kind))

@@ -1,7 +1,7 @@
 """One decode step of a model as a fixed sequence of kernels, so that it can be captured once and replayed.
 
-Products go to cuBLAS, everything between them to the kernels of this package. Nothing here allocates while a step runs
-and nothing depends on lengths: those are in device memory.
+Products of more than a few rows go to cuBLAS, everything else to the kernels of this package. Nothing here allocates
+while a step runs and nothing depends on lengths: those are in device memory.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.kernels.attention_call import AttentionWork, LayerPages, QueryOperand, StepRows
 from hma_serve.decode.kernels.elementwise import embed, gate, project, residual_norm
 from hma_serve.decode.kernels.matvec import matvec
+from hma_serve.decode.kernels.skinny import MOST_ROWS, skinny
 from hma_serve.model.rotary import rotary_table
 from hma_serve.model.tensors import EMBEDDING, FINAL_NORM, HEAD, layer_tensor
 
 _BLOCK = 1024
-_LT_ROWS = 16
-"""From so many rows on cuBLASLt chooses better kernels than cuBLAS: all products of an 8B step at 8, 32 and 128 rows
-take 4.46, 4.34 and 4.66 ms through the one and 4.50, 4.18 and 4.64 ms through the other (H200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class StepModel:
         weights: Tensors by their Hugging Face names, bfloat16 on the device; each is asked for once.
         k_offsets: What packed keys have been moved by, float32 [layers, kv_heads, head_dim]; None: nothing.
         ptx: False runs the attention's twin in plain Triton.
-        own_matvec: Multiply single rows by a kernel of this package, not by cuBLAS.
+        own_products: Multiply few rows by kernels of this package, not by cuBLAS.
     """
 
     def __init__(
@@ -73,11 +71,11 @@ class StepModel:
         k_offsets: torch.Tensor | None = None,
         *,
         ptx: bool = True,
-        own_matvec: bool = True,
+        own_products: bool = True,
     ) -> None:
         self.config = config
         self._ptx = ptx
-        self._matvec = own_matvec
+        self._own_products = own_products
         self._embedding = weights[EMBEDDING]
         self._layers = [_layer(weights, index) for index in range(config.num_layers)]
         self._final_norm = weights[FINAL_NORM]
@@ -98,13 +96,20 @@ class StepModel:
             yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
         yield self._head
 
-    def multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """X [rows, inputs] times a matrix [outputs, inputs], transposed."""
-        if len(x) == 1 and self._matvec:
-            return matvec(x, matrix, pdl=self._ptx)
+    def multiply(self, x: torch.Tensor, matrix: torch.Tensor, *, whole: bool = False) -> torch.Tensor:
+        """X [rows, inputs] times a matrix [outputs, inputs], transposed, in parts that are to be added; whole: in one.
+
+        Returns:
+            [parts, rows, outputs]: float32, or, if it is one part, the dtype of X.
+        """
+        if len(x) == 1 and self._own_products:
+            return matvec(x, matrix, pdl=self._ptx)[None]
+        if len(x) <= MOST_ROWS and self._own_products:
+            return skinny(x, matrix, pdl=self._ptx, **({"most_parts": 1} if whole else {}))
         if self._ptx:
-            torch.backends.cuda.preferred_blas_library("cublas" if len(x) < _LT_ROWS else "cublaslt")
-        return functional.linear(x, matrix)
+            # It chooses better kernels than cuBLAS itself.
+            torch.backends.cuda.preferred_blas_library("cublaslt")
+        return functional.linear(x, matrix)[None]
 
     def run(
         self, memory: StepMemory, pages: Sequence[Sequence[LayerPages]], works: Sequence[AttentionWork]
@@ -134,7 +139,7 @@ class StepModel:
             x = self._norm(hidden, self.multiply(attended, layer.output), layer.mlp_norm)
             delta = self.multiply(self._gate(self.multiply(x, layer.gate_up)), layer.down)
         x = self._norm(hidden, delta, self._final_norm)
-        return self.multiply(x.index_select(0, memory.chosen), self._head)
+        return self.multiply(x.index_select(0, memory.chosen), self._head, whole=True)[0]
 
     def _norm(self, hidden: torch.Tensor, delta: torch.Tensor | None, gain: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(hidden)
@@ -147,7 +152,7 @@ class StepModel:
             self.config.rms_norm_eps,
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
-            ADD=delta is not None,
+            PARTS=0 if delta is None else len(delta),
             PDL=self._ptx,
             num_warps=8 if width > 2048 else 4,
             launch_pdl=self._ptx,
@@ -155,10 +160,10 @@ class StepModel:
         return out
 
     def _gate(self, up: torch.Tensor) -> torch.Tensor:
-        width = self.config.intermediate_size
-        out = up.new_empty((len(up), width))
-        gate[(len(up), triton.cdiv(width, _BLOCK))](
-            up, out, WIDTH=width, BLOCK=_BLOCK, PDL=self._ptx, launch_pdl=self._ptx
+        (parts, rows, _), width = up.shape, self.config.intermediate_size
+        out = self._embedding.new_empty((rows, width))
+        gate[(rows, triton.cdiv(width, _BLOCK))](
+            up, out, WIDTH=width, BLOCK=_BLOCK, PARTS=parts, PDL=self._ptx, launch_pdl=self._ptx
         )
         return out
 
@@ -171,14 +176,14 @@ class StepModel:
         pages: Sequence[Sequence[LayerPages]],
         works: Sequence[AttentionWork],
     ) -> torch.Tensor:
-        config, count = self.config, len(qkv)
+        config, (parts, count, _) = self.config, qkv.shape
         shape = (count, config.num_heads, config.head_dim)
-        offset = self._k_offsets
+        offset, new = self._k_offsets, self._embedding.new_empty
         query = QueryOperand(
-            f16=qkv.new_empty(shape, dtype=torch.float16),
-            bf16=qkv.new_empty(shape),
-            factor=qkv.new_empty(shape[:2], dtype=torch.float32),
-            offset=None if offset is None else qkv.new_empty(shape[:2], dtype=torch.float32),
+            f16=new(shape, dtype=torch.float16),
+            bf16=new(shape),
+            factor=new(shape[:2], dtype=torch.float32),
+            offset=None if offset is None else new(shape[:2], dtype=torch.float32),
         )
         own = pages[0][index]
         project[(count, config.num_kv_heads)](
@@ -204,11 +209,12 @@ class StepModel:
             D=config.head_dim,
             HEADS=triton.next_power_of_2(config.group_size),
             OFFSET=offset is not None,
+            PARTS=parts,
             PDL=self._ptx,
             num_warps=2,
             launch_pdl=self._ptx,
         )
-        out = qkv.new_empty(shape)
+        out = new(shape)
         for work, of_layer in zip(works, pages, strict=True):
             work.attend(query, of_layer[index], out, scale=config.head_dim**-0.5, ptx=self._ptx, overlap=self._ptx)
         return out.flatten(1)

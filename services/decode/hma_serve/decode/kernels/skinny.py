@@ -1,0 +1,150 @@
+"""A matrix times few vectors, at the rate at which the matrix arrives: a matrix library's small products are not.
+
+A program multiplies `_OUTPUTS` rows of the matrix by a slice of its columns. There are as many slices as fill the
+multiprocessors once, and whoever reads the product adds what came of them: that costs less than any way of adding it
+here. The first columns are asked for, as far as L2, before the kernel in front, which makes the vectors, is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hma_serve.decode.kernels.warp import to_l2
+
+MOST_ROWS: Final = 32
+"""Columns of its tensor-core product. Fewer rows take as long, more are a matrix library's."""
+
+_OUTPUTS = 64
+_DEPTH = 128
+"""Rows and columns of the matrix that a program multiplies at a time: 16 KB."""
+
+_RESIDENT: Final = {4: 2, 3: 3}
+"""Programs that a multiprocessor's shared memory holds, by how many steps of the loop are under way in each."""
+
+_MOST_PARTS = 8
+_AHEAD_BYTES = 512
+"""Of each of a program's rows that are asked for ahead."""
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _skinny(
+    MATRIX,  # [outputs, WIDTH]
+    X,  # [rows, WIDTH]
+    OUT,  # [slices, rows, outputs]
+    rows,
+    outputs,
+    WIDTH: tl.constexpr,
+    SLICE: tl.constexpr,  # columns of a program, a multiple of DEPTH
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,  # bytes
+    PTX: tl.constexpr,
+):
+    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    begin = tl.program_id(1) * SLICE
+    row = tl.arange(0, ROWS)
+    column = begin + tl.arange(0, DEPTH)
+    matrix = MATRIX + output.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    x = X + row[None, :] * WIDTH + column[:, None]
+    mine, there = (output < outputs)[:, None], (row < rows)[None, :]
+    if PTX:
+        if AHEAD > 0:
+            to_l2(MATRIX + tl.minimum(output, outputs - 1).to(tl.int64) * WIDTH + begin, AHEAD, output * 0)
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for start in tl.range(0, tl.minimum(SLICE, WIDTH - begin), DEPTH, num_stages=STAGES):
+        weights_there, x_there = mine, there
+        if WIDTH % DEPTH != 0:
+            weights_there = mine & (start + column < WIDTH)[None, :]
+            x_there = there & (start + column < WIDTH)[:, None]
+        weights = tl.load(matrix + start, mask=weights_there, other=0.0, eviction_policy="evict_first")
+        vectors = tl.load(x + start, mask=x_there, other=0.0)
+        if PTX:
+            sums = tl.dot(weights, vectors, sums)
+        else:
+            # The interpreter multiplies BF16 wrongly.
+            sums += tl.dot(weights.to(tl.float32), vectors.to(tl.float32), input_precision="ieee")
+    to = OUT + (tl.program_id(1) * rows + row[None, :]) * outputs + output[:, None]
+    tl.store(to, sums.to(OUT.dtype.element_ty), mask=mine & there)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a product is shared among programs.
+
+    Attributes:
+        slices: Of the columns.
+        width: Columns of each but the last, which may have fewer.
+        stages: Of the loop.
+    """
+
+    slices: int
+    width: int
+    stages: int
+
+
+@cache
+def _cut(outputs: int, width: int, processors: int, most: int) -> _Cut:
+    """The fullest single wave of programs, of as few slices as that takes; if one slice needs more, that."""
+    tiles, steps = -(-outputs // _OUTPUTS), -(-width // _DEPTH)
+
+    def fill(stages: int, slices: int) -> float:
+        longest = -(-steps // slices)
+        return tiles * steps / (_RESIDENT[stages] * processors * longest)
+
+    fitting = [
+        (stages, slices)
+        for slices in range(1, min(most, steps) + 1)
+        for stages, resident in _RESIDENT.items()
+        if tiles * slices <= resident * processors
+    ]
+    stages, slices = max(fitting, key=lambda cut: fill(*cut), default=(min(_RESIDENT), 1))
+    depth = -(-steps // slices)
+    return _Cut(-(-steps // depth), depth * _DEPTH, stages)
+
+
+def skinny(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool, most_parts: int = _MOST_PARTS) -> torch.Tensor:
+    """X [rows, inputs] times matrix [outputs, inputs], transposed, in parts that are to be added.
+
+    Args:
+        x: bfloat16, at most `MOST_ROWS` rows.
+        matrix: bfloat16, contiguous.
+        pdl: Launch while the kernel before still runs.
+        most_parts: How many there may be.
+
+    Returns:
+        [parts, rows, outputs]: float32, or, if it is one part, the dtype of X. Sums are in float32.
+    """
+    (rows, width), outputs = x.shape, len(matrix)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    cut = _cut(outputs, width, processors, most_parts)
+    out = x.new_empty((cut.slices, rows, outputs), dtype=torch.float32 if cut.slices > 1 else x.dtype)
+    last = width - (cut.slices - 1) * cut.width
+    _skinny[(triton.cdiv(outputs, _OUTPUTS), cut.slices)](
+        matrix,
+        x,
+        out,
+        rows,
+        outputs,
+        WIDTH=width,
+        SLICE=cut.width,
+        OUTPUTS=_OUTPUTS,
+        DEPTH=_DEPTH,
+        ROWS=MOST_ROWS,
+        STAGES=cut.stages,
+        AHEAD=min(_AHEAD_BYTES, 2 * last) if width % 8 == 0 else 0,
+        PTX=pdl,
+        num_warps=4,
+        launch_pdl=pdl,
+    )
+    return out
