@@ -10,7 +10,7 @@ import torch
 
 from bench.decode.beside import CACHE_BYTES, GROUPS, HEAD_DIM, KV_HEADS, points, sdpa_us
 from bench.decode.pages import KINDS, TAIL, imbalanced, random_kv
-from bench.decode.timing import Work, microseconds
+from bench.decode.timing import CHAIN, Work, microseconds
 from hma_serve.decode.kernels.attention_call import (
     AttentionShape,
     AttentionWork,
@@ -83,7 +83,7 @@ def fused_us(group: int, page_format: str, contexts: list[int], tokens: int = 1,
         pages = kv.pages(index % layers)
         return lambda: work.attend(query, pages, out, scale=HEAD_DIM**-0.5, overlap=True)
 
-    return microseconds([layer(index) for index in range(max(8, layers))]), kv.read_bytes
+    return microseconds([layer(index) for index in range(CHAIN)]), kv.read_bytes
 
 
 def measure(copy: float, part: str) -> Iterator[AttentionRow]:

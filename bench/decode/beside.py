@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import cycle, islice, product
 
 import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.decode.timing import microseconds
+from bench.decode.timing import CHAIN, microseconds
 
 KV_HEADS, HEAD_DIM = 8, 128
 CACHE_BYTES = 3e8
@@ -56,7 +56,7 @@ def sdpa_us(group: int, batch: int, context: int, *, tokens: int = 1) -> float:
     """torch's attention of the last tokens, without a mask."""
     q = _queries(group, batch, tokens)
     sdpa = functional.scaled_dot_product_attention
-    return microseconds([partial(sdpa, q, k, v, enable_gqa=True) for k, v in _contiguous(batch, context) * 4])
+    return microseconds([partial(sdpa, q, k, v, enable_gqa=True) for k, v in _chain(_contiguous(batch, context))])
 
 
 def flex_us(group: int, batch: int, context: int) -> float:
@@ -65,7 +65,11 @@ def flex_us(group: int, batch: int, context: int) -> float:
     torch.compiler.reset()
     q = _queries(group, batch, 1)
     flex = torch.compile(flex_attention, dynamic=False)
-    return microseconds([partial(flex, q, k, v, enable_gqa=True) for k, v in _contiguous(batch, context) * 4])
+    return microseconds([partial(flex, q, k, v, enable_gqa=True) for k, v in _chain(_contiguous(batch, context))])
+
+
+def _chain(caches: list[torch.Tensor]) -> Iterable[torch.Tensor]:
+    return islice(cycle(caches), CHAIN)
 
 
 def _queries(group: int, batch: int, tokens: int) -> torch.Tensor:
@@ -116,7 +120,7 @@ def flashinfer_us(group: int, batch: int, context: int) -> float | None:
         kv_data_type=torch.bfloat16,
     )
     q = _queries(group, batch, 1).squeeze(2)
-    return microseconds([partial(wrapper.run, q, cache) for cache in caches * 4])
+    return microseconds([partial(wrapper.run, q, cache) for cache in _chain(caches)])
 
 
 COMPILED = [

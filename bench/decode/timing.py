@@ -9,6 +9,10 @@ import torch
 
 Work = Callable[[], object]
 
+CHAIN = 36
+"""Layers of one after the other in a graph: as many as a model has, so that what a graph's begin and end cost is shared
+as it is in a step."""
+
 _COPY_BYTES = 1 << 30
 
 

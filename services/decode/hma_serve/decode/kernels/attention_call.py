@@ -32,7 +32,7 @@ a multiprocessor gains."""
 _FILE_WORDS = 65536
 """Registers of a multiprocessor."""
 
-_MERGES = ((16, 32, 128, 4), (64, 32, 64, 2), (128, 32, 32, 1), (256, 64, 16, 1), (1 << 31, 128, 8, 1))
+_MERGES = ((16, 32, 128, 4), (64, 32, 64, 1), (256, 64, 32, 1), (1 << 31, 128, 8, 1))
 """Up to so many (row, KV head)s: channels and parts that a program of `merge` looks at, and its warps.
 
 The fewer there are, the more programs of `attend` share each of them. Wider ones need fewer round trips, but together

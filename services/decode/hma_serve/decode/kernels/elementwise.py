@@ -136,14 +136,13 @@ def project(
     HEADS: tl.constexpr,  # a power of two, at least G
     OFFSET: tl.constexpr,
     PARTS: tl.constexpr,
-    PDL: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """One (row, KV head): its queries and key normed and rotated, key and value written to their plain page."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     length = tl.load(LENGTH + row)
-    if PDL:
-        gdc_wait()
+    if PTX:
         gdc_launch_dependents()
     if length > 0:
         half: tl.constexpr = D // 2

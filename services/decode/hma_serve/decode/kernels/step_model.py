@@ -186,6 +186,8 @@ class StepModel:
             offset=None if offset is None else new(shape[:2], dtype=torch.float32),
         )
         own = pages[0][index]
+        # Not launched before the product is over: attention would begin on multiprocessors that are still divided for
+        # the product, most of their cache as its shared memory, and its loads lack that cache until it ends.
         project[(count, config.num_kv_heads)](
             qkv,
             layer.q_norm,
@@ -210,9 +212,8 @@ class StepModel:
             HEADS=triton.next_power_of_2(config.group_size),
             OFFSET=offset is not None,
             PARTS=parts,
-            PDL=self._ptx,
+            PTX=self._ptx,
             num_warps=2,
-            launch_pdl=self._ptx,
         )
         out = new(shape)
         for work, of_layer in zip(works, pages, strict=True):
