@@ -161,6 +161,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("forced call", {"messages": HI, "tool_choice": "required"}, "tool_choice"),
     ("named call", {"messages": HI, "tool_choice": {"type": "function"}}, "tool_choice"),
     ("functions", {"messages": HI, "functions": [{"name": "f"}]}, "functions"),
+    ("forced function", {"messages": HI, "function_call": {"name": "f"}}, "function_call"),
+    ("template", {"messages": HI, "chat_template": "{{ 7 * 7 }}"}, "chat_template"),
+    ("documents", {"messages": HI, "documents": [{"text": "a"}]}, "documents"),
+    ("continued message", {"messages": HI, "continue_final_message": True}, "continue_final_message"),
+    ("web search", {"messages": HI, "web_search_options": {}}, "web_search_options"),
     ("odd format", {"messages": HI, "response_format": {"type": "yaml"}}, "response_format"),
     ("audio", {"messages": HI, "modalities": ["audio"]}, "modalities"),
     ("number logprobs", {"messages": HI, "logprobs": 1}, "logprobs"),
@@ -187,7 +192,6 @@ async def test_a_bad_field_is_refused_by_name(stack: Stack, body: dict[str, Any]
 
 
 async def test_a_clients_template_is_no_template(stack: Stack) -> None:
-    assert await rendered(stack, HI, chat_template="{{ 7 * 7 }}") == HI_TEXT
     response = await stack.client.post(
         "/v1/chat/completions", json={"messages": HI, "chat_template_kwargs": {"chat_template": "x", "mood": "{{ 7 }}"}}
     )

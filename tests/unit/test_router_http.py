@@ -280,8 +280,6 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
         "invalid_argument",
         "stream_options",
     ),
-    ("suffix", {"prompt": "a", "suffix": "z"}, 400, "invalid_argument", "suffix"),
-    ("best_of", {"prompt": "a", "best_of": 3}, 400, "invalid_argument", "best_of"),
 ]
 
 

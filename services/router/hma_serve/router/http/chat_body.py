@@ -13,12 +13,24 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.router.conversation import checked_conversation
 from hma_serve.router.http import fields
 from hma_serve.router.http.generation_body import Caller, GenerationBody, read_generation_body
+from hma_serve.router.http.unsupported import Unsupported, refuse_unsupported
 from hma_serve.text import Conversation
+
+_UNSUPPORTED: Unsupported = {
+    "chat_template": ((None,), "the model's own is used; chat_template_kwargs sets its variables"),
+    "continue_final_message": ((None, False), "send the conversation as one text to /v1/completions"),
+    "documents": ((None, []), "put them into a message"),
+    "function_call": ((None, "none", "auto"), "use tools; calls cannot be forced"),
+    "functions": ((None, []), "use tools"),
+    "modalities": ((None, [], ["text"]), "answers are text alone"),
+    "tool_choice": ((None, "none", "auto"), "calls cannot be forced; use none or auto"),
+    "web_search_options": ((None,), "put what was found into a message"),
+}
 
 
 def read_chat_body(body: Mapping[str, Any], caller: Caller) -> GenerationBody:
     """Reads a JSON object; raises InvalidArgument for a field of the wrong type or shape."""
-    _refuse_unsupported(body)
+    refuse_unsupported(body, _UNSUPPORTED)
     return read_generation_body(body, caller, (_conversation(body),), logprobs=_logprobs(body), default_max_tokens=None)
 
 
@@ -86,13 +98,3 @@ def _logprobs(body: Mapping[str, Any]) -> int | None:
     if top:
         raise InvalidArgument("top_logprobs needs logprobs=true", field="top_logprobs")
     return None
-
-
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    """What would change the answer must not be ignored silently."""
-    if body.get("tool_choice") not in (None, "none", "auto"):
-        raise InvalidArgument("tool_choice must be none or auto: calls cannot be forced", field="tool_choice")
-    if body.get("functions") or body.get("function_call") not in (None, "none", "auto"):
-        raise InvalidArgument("functions are not supported; use tools", field="functions")
-    if body.get("modalities") not in (None, [], ["text"]):
-        raise InvalidArgument("modalities must be text alone", field="modalities")

@@ -9,14 +9,24 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.core.request import MAX_TOKEN_ID
 from hma_serve.router.completion import Prompt
 from hma_serve.router.http import fields
-from hma_serve.router.http.generation_body import Caller, GenerationBody, positive, read_generation_body
+from hma_serve.router.http.generation_body import Caller, GenerationBody, read_generation_body
+from hma_serve.router.http.unsupported import Unsupported, refuse_unsupported
 
 DEFAULT_MAX_TOKENS = 16
+
+_CHAT_HAS_THEM = "only conversations have tools; use /v1/chat/completions"
+_UNSUPPORTED: Unsupported = {
+    "function_call": ((None, "none", "auto"), _CHAT_HAS_THEM),
+    "functions": ((None, []), _CHAT_HAS_THEM),
+    "tool_choice": ((None, "none", "auto"), _CHAT_HAS_THEM),
+    "tools": ((None, []), _CHAT_HAS_THEM),
+}
 
 
 def read_completion_body(body: Mapping[str, Any], caller: Caller) -> GenerationBody:
     """Reads a JSON object; raises InvalidArgument for a field of the wrong type or shape."""
-    _refuse_unsupported(body)
+    refuse_unsupported(body, _UNSUPPORTED)
+    _refuse_logprobs_of_prompts(body)
     return read_generation_body(
         body,
         caller,
@@ -55,14 +65,8 @@ def _token_ids(value: list[Any]) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    """What would change the answer must not be ignored silently."""
+def _refuse_logprobs_of_prompts(body: Mapping[str, Any]) -> None:
     if fields.boolean(body, "echo") and body.get("logprobs") is not None:
         raise InvalidArgument(
             "logprobs of the prompt are not supported: echo and logprobs exclude each other", field="echo"
         )
-    if body.get("suffix"):
-        raise InvalidArgument("suffix is not supported", field="suffix")
-    best_of = fields.integer(body, "best_of")
-    if best_of is not None and best_of != positive(body, "n", 1):
-        raise InvalidArgument("best_of must equal n", field="best_of")

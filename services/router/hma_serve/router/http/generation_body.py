@@ -2,7 +2,7 @@
 
 Only types and shapes are checked here; ranges are checked where the values are born, and what depends on the model in
 `completion`. Fields that are not known are ignored, because clients send many; those that would change the answer are
-refused instead.
+refused instead (`unsupported`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hma_serve.core.request import SamplingParams, Slo, StopConditions
 from hma_serve.router.completion import CompletionRequest, Prompt
 from hma_serve.router.http import fields
 from hma_serve.router.http.structure_body import read_structure
+from hma_serve.router.http.unsupported import IN_GENERATION, refuse_unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,9 @@ def read_generation_body(
         default_max_tokens: Length when the body names none; None: up to the window.
 
     Raises:
-        InvalidArgument: A field has the wrong type or shape.
+        InvalidArgument: A field has the wrong type or shape, or asks for what is not supported.
     """
+    refuse_unsupported(body, IN_GENERATION)
     stream = fields.boolean(body, "stream")
     options = fields.obj(body, "stream_options")
     if options and not stream:
@@ -83,7 +85,7 @@ def read_generation_body(
         sampling=_sampling(body, logprobs),
         stop=_stop(body),
         default_max_tokens=default_max_tokens,
-        n=positive(body, "n", 1),
+        n=_n(body),
         slo=caller.slo,
         client_request_id=caller.request_id,
     )
@@ -150,11 +152,12 @@ def _stop_strings(body: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(fields.checked_text(item, "stop") for item in strings)
 
 
-def positive(body: Mapping[str, Any], name: str, default: int) -> int:
-    """A whole number of at least 1."""
-    value = fields.integer(body, name)
-    if value is None:
-        return default
-    if value < 1:
-        raise InvalidArgument(f"{name} must be at least 1", field=name)
-    return value
+def _n(body: Mapping[str, Any]) -> int:
+    n = fields.integer(body, "n")
+    if n is None:
+        n = 1
+    if n < 1:
+        raise InvalidArgument("n must be at least 1", field="n")
+    if fields.integer(body, "best_of", n) != n:
+        raise InvalidArgument("best_of must equal n: ask for n completions and choose among them", field="best_of")
+    return n
