@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
+from hma_serve.decode.page_order import Role
 from support.decode_kernel_checks import (
     ATTENTION_ERROR,
     MATRICES,
@@ -10,6 +12,7 @@ from support.decode_kernel_checks import (
     AttentionCheck,
     extend_grid,
     grid,
+    misplaced_bytes,
     product_error,
     step_error,
 )
@@ -44,3 +47,10 @@ def test_a_step_agrees_with_the_model() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 17, 32])
 def test_a_product_of_few_rows_agrees_with_float64(rows: int, shape: tuple[int, int]) -> None:
     assert product_error(rows, *shape, ptx=True) <= ATTENTION_ERROR
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("page_format", BYTE_PAGES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_units_are_placed_as_they_are_arranged(page_format: str, role: Role, head_dim: int) -> None:
+    assert misplaced_bytes(page_format, role, head_dim) == 0

@@ -23,6 +23,7 @@ from hma_serve.decode.kernels.attention_call import AttentionShape, queries_at_o
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
 from hma_serve.decode.kernels.matvec import matvec
 from hma_serve.decode.kernels.page_orders import fragment_page
+from hma_serve.decode.kernels.placing import place
 from hma_serve.decode.kernels.skinny import skinny
 from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import PageOrders, Role, page_order
@@ -219,6 +220,20 @@ def product_error(rows: int, outputs: int, width: int, *, ptx: bool) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+def misplaced_bytes(page_format: str, role: Role, head_dim: int) -> int:
+    """How many of a layer's bytes differ from what `arrange` and a scatter leave there."""
+    units = codec(page_format).encode(torch.randn(2, 3 * 32, head_dim, generator=torch.Generator().manual_seed(4)))
+    order, page = fragment_page(page_format, role, head_dim), BYTE_PAGES[page_format]
+    step = -(-order.page_bytes // 16)
+    addresses = torch.tensor([4, 0, 2]) * step
+    layer = torch.full((4, 5 * step * 16), 77, dtype=torch.uint8)
+    pages = layer.as_strided((4 * step + 1, 4, order.page_bytes), (16, layer.shape[1], 1))
+    pages[addresses, 1:3] = order.arrange(units).transpose(0, 1)
+    there = torch.full_like(layer, 77, device=DEVICE)
+    place(page, role is Role.K, head_dim, units.to(DEVICE), there.as_strided(pages.shape, pages.stride()), addresses, 1)
+    return int((there.cpu() != layer).sum())
+
+
 def _pool(config: ModelConfig, orders: PageOrders, device: str) -> PagePool:
     return PagePool(
         KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
@@ -317,7 +332,15 @@ def _no_device() -> Iterator[None]:
 def main() -> None:
     """One part in the interpreter: a corner of the grid, or a step and a product."""
     part = sys.argv[1]
-    if part == "step":
+    errors: list[tuple[str, float, float]]
+    if part == "placing":
+        errors = [
+            (f"{name}, {role.name}, {head_dim} channels", misplaced_bytes(name, role, head_dim), 0)
+            for name in BYTE_PAGES
+            for role in Role
+            for head_dim in (32, 128)
+        ]
+    elif part == "step":
         errors = [
             ("step", step_error(ptx=False), STEP_ERROR),
             *(

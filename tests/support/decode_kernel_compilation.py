@@ -15,7 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from support.decode_kernel_checks import CORNER, product_error, step_error
+from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
+from hma_serve.decode.page_order import Role
+from support.decode_kernel_checks import CORNER, misplaced_bytes, product_error, step_error
 
 _launch = JITFunction.run
 
@@ -62,11 +64,24 @@ def main() -> None:
         for rows in (1, 32):
             product_error(rows, 37, 100, ptx=True)
             product_error(rows, 96, 640, ptx=True)
+        for name in BYTE_PAGES:
+            misplaced_bytes(name, Role.K, 128)
         for checks in CORNER.values():
             checks[-1].run(ptx=True)
     for name, forms in sorted(sizes.items()):
         print(name, *sorted(forms))
-    expected = {"_matvec", "attend", "embed", "gate", "merge", "number_pages", "project", "residual_norm", "_skinny"}
+    expected = {
+        "_matvec",
+        "_place",
+        "_skinny",
+        "attend",
+        "embed",
+        "gate",
+        "merge",
+        "number_pages",
+        "project",
+        "residual_norm",
+    }
     assert set(sizes) == expected, sizes
 
 

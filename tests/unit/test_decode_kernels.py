@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 ROLES = pytest.mark.parametrize("role", Role)
 
 
-@pytest.mark.parametrize("part", ["single", "extend", "step"])
+@pytest.mark.parametrize("part", ["single", "extend", "step", "placing"])
 def test_kernels_agree_with_float64_and_with_the_model(part: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "support.decode_kernel_checks", part]

@@ -217,11 +217,15 @@ def test_integrity_notices_a_page_with_two_owners() -> None:
         pool.check_integrity()
 
 
-class Reversed:
+class Reversed(PageOrder):
     """An order that is not the wire's: bytes backwards, behind padding."""
 
     def __init__(self, unit: int) -> None:
-        self.page_bytes = unit + 7
+        self._unit = unit
+
+    @property
+    def page_bytes(self) -> int:
+        return self._unit + 7
 
     def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
         return torch.nn.functional.pad(wire.flip(-1), (7, 0))

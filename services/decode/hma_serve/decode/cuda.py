@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
+from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.core.memory_plan import MemoryPlan, weight_bytes, workspace_bytes
 from hma_serve.decode.engine_parts import EngineParts, EngineSpec
 from hma_serve.decode.gpu_runner import GpuStepRunner
@@ -29,6 +30,8 @@ from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, Need, PagePool
 from hma_serve.model import open_weights
+from hma_serve.quant import codec
+from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
         device=device,
     )
     intake = CudaIntake(pool, offsets, fused=spec.kv_mode == "fused")
+    intake.warm_up(spec.codecs)
     runner = GpuStepRunner(
         model,
         pool,
@@ -102,6 +106,7 @@ class CudaIntake:
     """
 
     def __init__(self, pool: PagePool, k_offsets: torch.Tensor | None, *, fused: bool) -> None:
+        self._pool = pool
         self._device = pool.memory.device
         self._fused = FusedIntake(pool) if fused else None
         self._materialised = MaterialisedIntake(pool, k_offsets)
@@ -130,6 +135,17 @@ class CudaIntake:
         """See `Intake`."""
         with torch.cuda.stream(self.arrivals):
             return addresses.pin_memory().to(self._device, non_blocking=True)
+
+    def warm_up(self, codecs: Sequence[str]) -> None:
+        """Compiles what stores blocks in these codecs, by storing one into pages that nobody has yet."""
+        heads = self._pool.geometry.kv_heads
+        addresses = self.placed(torch.zeros(1, dtype=torch.int64))
+        for name in codecs:
+            units = torch.zeros(heads, 1, codec(name).group_bytes(self._pool.geometry.head_dim), dtype=torch.uint8)
+            for role in Role:
+                packed = Packed(name, name, KV_ROPE_PAIRING_HALF_SPLIT, GROUP_TOKENS)
+                self.store(packed, role, 0, addresses, slice(0, heads), units)
+        torch.cuda.synchronize(self._device)
 
     def settle(self) -> None:
         """See `Intake`."""

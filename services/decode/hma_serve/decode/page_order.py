@@ -59,13 +59,24 @@ class PageOrder(Protocol):
         """The inverse of `arrange`: uint8 [..., page_bytes] to [..., group_bytes]."""
         ...
 
+    def place(self, units: torch.Tensor, pages: torch.Tensor, addresses: torch.Tensor, heads: slice) -> None:
+        """Arranges units and puts them where they belong.
+
+        Args:
+            units: uint8 [heads, groups, group_bytes], contiguous.
+            pages: uint8 [addresses, kv_heads, page_bytes], a layer's, on the same device.
+            addresses: int64 [groups], on the same device.
+            heads: Which heads.
+        """
+        pages[addresses, heads] = self.arrange(units).transpose(0, 1)
+
 
 PageOrders: TypeAlias = Callable[[str, Role, int], PageOrder]
 """Gives the order of a codec (by name), role and head_dim. Pure: equal arguments give equal orders."""
 
 
 @dataclass(frozen=True, slots=True)
-class WireOrder:
+class WireOrder(PageOrder):
     """Pages as they came.
 
     Attributes:

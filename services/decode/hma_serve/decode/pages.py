@@ -348,8 +348,8 @@ class PagePool:
             heads: Which heads.
             units: uint8 [heads, groups, group_bytes], as on the wire.
         """
-        arranged = self._orders[page_format, role].arrange(units.to(self.memory.device))
-        self._views[page_format, role][layer][addresses, heads] = arranged.transpose(0, 1)
+        pages = self._views[page_format, role][layer]
+        self._orders[page_format, role].place(units.to(self.memory.device), pages, addresses, heads)
 
     def clear(self, plain_pages: torch.Tensor) -> None:
         """Zeroes unquantised pages, so that what is not written yet is finite wherever it is read and masked.

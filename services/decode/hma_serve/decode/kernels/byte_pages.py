@@ -57,6 +57,16 @@ class BytePage:
             "codes": 2 * head_dim + _UNIT_BYTES,
         }[self.tail]
 
+    def places(self, keys: bool, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a unit, int64 on the host: the code at each place of a page, and the byte at each place behind them.
+
+        Float32 scales stand as often as on the wire, one or one a token.
+        """
+        elements, scales = _host_places(self.layout, self.bits, self.scales, keys, head_dim)
+        if self.tail == "codes":
+            scales = torch.cat([scales, scales[-_FLOAT_BYTES:].repeat(_UNIT_BYTES // _FLOAT_BYTES - 1)])
+        return elements, scales
+
     def arrange(self, units: torch.Tensor, keys: bool, head_dim: int) -> torch.Tensor:
         """uint8 [..., group_bytes] to uint8 [..., page bytes]."""
         elements, scales = _places(self.layout, self.bits, self.scales, keys, head_dim, units.device)

@@ -14,6 +14,7 @@ import torch
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES, BytePage
 from hma_serve.decode.kernels.fragment_order import arrange_plain, restore_plain
 from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, CODED_INTEGER, FP8, INTEGER, MXFP8, PackedKind
+from hma_serve.decode.kernels.placing import place
 from hma_serve.decode.page_order import PageOrder, Role
 from hma_serve.quant import GROUP_TOKENS
 
@@ -41,7 +42,7 @@ def fragment_page(page_format: str, role: Role, head_dim: int) -> PageOrder:
 
 
 @dataclass(frozen=True, slots=True)
-class _ByteOrder:
+class _ByteOrder(PageOrder):
     keys: bool
     head_dim: int
     page: BytePage
@@ -56,9 +57,15 @@ class _ByteOrder:
     def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
         return self.page.restore(pages, self.keys, self.head_dim)
 
+    def place(self, units: torch.Tensor, pages: torch.Tensor, addresses: torch.Tensor, heads: slice) -> None:
+        if units.is_cuda:
+            place(self.page, self.keys, self.head_dim, units, pages, addresses, heads.start or 0)
+        else:
+            PageOrder.place(self, units, pages, addresses, heads)
+
 
 @dataclass(frozen=True, slots=True)
-class _PlainOrder:
+class _PlainOrder(PageOrder):
     keys: bool
     head_dim: int
 
