@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -27,6 +26,7 @@ import pytest
 from hma_serve.client import AsyncClient, Client, HmaError
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
 from support.cluster import Cluster, running_cluster
+from support.metrics import metric_in
 
 LONG = 3500
 SHORT = [7] * 20
@@ -76,15 +76,8 @@ class Bench:
     http: httpx.AsyncClient
 
     async def value(self, role: str, name: str) -> float:
-        """A metric, labels and all; 0 if nothing has been counted yet."""
-        url = f"{self.cluster.url}/metrics"
-        if role != "router":
-            (url,) = re.findall(rf"{role}-\w+ +metrics +(\S+)", self.cluster.output)
-        text = (await self.http.get(url)).text
-        found = re.search(rf"^hma_{role}_{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        # A counter with labels is not told before it counts; whatever else is missing is a wrong name.
-        assert found or "{" in name, f"hma_{role}_{name} is not among the metrics"
-        return float(found[1]) if found else 0.0
+        """As `Cluster.metric`."""
+        return metric_in((await self.http.get(self.cluster.metrics_url(role))).text, f"hma_{role}_{name}")
 
     async def gauges(self) -> Gauges:
         return Gauges(
@@ -104,9 +97,7 @@ class Bench:
 
     async def ended(self, role: str) -> float:
         """Requests that are over, however they ended."""
-        (url,) = re.findall(rf"{role}-\w+ +metrics +(\S+)", self.cluster.output)
-        text = (await self.http.get(url)).text
-        return sum(map(float, re.findall(rf"^hma_{role}_requests_total\S* (\S+)$", text, re.MULTILINE)))
+        return await self.value(role, "requests_total")
 
     async def cancelled(self, role: str) -> float:
         return await self.value(role, 'requests_total{outcome="cancelled"}')

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable
@@ -124,10 +123,9 @@ async def test_requests_that_lost_computed_pages_go_on_where_they_were(checkpoin
             requests = [client.request(*pair, max_tokens=180) for pair in zip(prompts, packed, strict=True)]
             alone = [emitted(await client.generate(request)) for request in requests]
             together = await asyncio.gather(*map(client.generate, requests))
-            async with httpx.AsyncClient() as http:
-                lines = (await http.get(f"http://{made.http}/metrics")).text.splitlines()
+            preemptions = await made.metric("preemptions_total")
     assert [emitted(responses) for responses in together] == alone
-    assert float(next(line for line in lines if line.startswith("hma_decode_preemptions_total ")).split()[1]) > 0
+    assert preemptions > 0
 
 
 async def test_a_migrated_request_goes_on_where_it_stopped(client: Client, checkpoint: Path) -> None:
@@ -325,8 +323,7 @@ async def test_broken_streams_are_refused_counted_and_leave_the_ticket_empty(
     call = client.decode.Generate(client.request(tokens, 64), timeout=60)
     ticket = (await first(call)).ticket
     await refused_push(client.push(tokens[:64], ticket, change=change))
-    async with httpx.AsyncClient() as http:
-        assert f'pushes_refused_total{{rule="{rule}"}}' in (await http.get(f"http://{worker.http}/metrics")).text
+    assert await worker.metric(f'pushes_refused_total{{rule="{rule}"}}') > 0
     # Nothing of it was read: the attempt goes on with a proper stream.
     pushed = await client.push(tokens[:64], ticket)
     assert pushed[-1].committed.blocks > 0
@@ -350,19 +347,12 @@ async def test_streams_for_another_attempt_ticket_or_model_are_refused(client: C
     call.cancel()
 
 
-async def count(worker: Worker, metric: str) -> float:
-    async with httpx.AsyncClient() as http:
-        text = (await http.get(f"http://{worker.http}/metrics")).text
-    found = re.search(rf"^hma_decode_{re.escape(metric)} (\S+)$", text, re.MULTILINE)
-    return float(found[1]) if found else 0.0
-
-
 async def test_a_ticket_is_good_for_one_stream_of_one_attempt_and_each_other_use_is_counted(
     client: Client, worker: Worker
 ) -> None:
     rules = ("unknown_ticket", "wrong_epoch", "ticket_taken", "wrong_ticket")
     names = {rule: f'pushes_refused_total{{rule="{rule}"}}' for rule in rules}
-    before = {rule: await count(worker, name) for rule, name in names.items()}
+    before = {rule: await worker.metric(name) for rule, name in names.items()}
     tokens = prompt(70)
     calls = [client.decode.Generate(client.request(tokens, 64), timeout=60) for _ in range(2)]
     mine, foreign = [(await first(call)).ticket for call in calls]
@@ -383,19 +373,19 @@ async def test_a_ticket_is_good_for_one_stream_of_one_attempt_and_each_other_use
     await rest(calls[0])
     await client.load(lambda load: load.running == 0)
     await refused_push(client.push(tokens[:64], mine))
-    after = {rule: await count(worker, name) - before[rule] for rule, name in names.items()}
+    after = {rule: await worker.metric(name) - before[rule] for rule, name in names.items()}
     assert after == {"unknown_ticket": 2, "wrong_epoch": 1, "ticket_taken": 2, "wrong_ticket": 1}
     calls[1].cancel()
     await client.idle()
 
 
 async def test_a_reservation_that_nobody_renews_is_swept_and_counted(client: Client, worker: Worker) -> None:
-    swept = await count(worker, "expired_tickets_total")
+    swept = await worker.metric("expired_tickets_total")
     call = client.decode.Generate(client.request(prompt(70), 64), timeout=60)
     await first(call)
     assert isinstance(await refusal(call.read()), Unavailable)
     await client.idle()
-    assert await count(worker, "expired_tickets_total") == swept + 1
+    assert await worker.metric("expired_tickets_total") == swept + 1
 
 
 async def test_acks_count_what_is_in_pages_and_credit_never_falls(client: Client) -> None:

@@ -6,7 +6,6 @@ an in-process reference that quantises in the same way (profile tt_bfp8), whatev
 
 import asyncio
 import random
-import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -27,8 +26,8 @@ from support.reference import reference_generate
 LENGTHS = [1, 2, 5, 17, 31, 32, 33, 34, 63, 64, 65, 96, 97, 130, 200, 257, 320, 411, 513, 600]
 NEW_TOKENS = 12
 IN_FLIGHT = 8
-PREFILLED = "hma_prefill_tokens_total"
-RECEIVED = "hma_decode_kv_received_bytes_total"
+PREFILLED = "tokens_total"
+RECEIVED = "kv_received_bytes_total"
 
 
 def prompts() -> list[list[int]]:
@@ -71,13 +70,6 @@ def packed(requests: Sequence[list[int]]) -> int:
     return sum((len(prompt) - 1) // 32 * 32 for prompt in requests)
 
 
-def metric(cluster: Cluster, role: str, name: str) -> float:
-    """A counter of the cluster's only worker of a role."""
-    (url,) = re.findall(rf"{role}-\w+ +metrics +(\S+)", cluster.output)
-    (value,) = re.findall(rf"^{name} (\S+)$", httpx.get(url).text, re.MULTILINE)
-    return float(value)
-
-
 @pytest.fixture(scope="module")
 def exact_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("exact")
@@ -94,14 +86,14 @@ async def test_greedy_tokens_equal_those_of_transformers(exact_cluster: Cluster)
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
         )
         expected.append(out[0, len(prompt) :].tolist())
-    computed = metric(exact_cluster, "prefill", PREFILLED)
-    received = metric(exact_cluster, "decode", RECEIVED)
+    computed = exact_cluster.metric("prefill", PREFILLED)
+    received = exact_cluster.metric("decode", RECEIVED)
     assert await complete_all(exact_cluster, prompts()) == expected
     # The prompts' KV really came from prefill, every byte of it.
-    assert metric(exact_cluster, "prefill", PREFILLED) - computed == packed(prompts())
+    assert exact_cluster.metric("prefill", PREFILLED) - computed == packed(prompts())
     config = model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    assert metric(exact_cluster, "decode", RECEIVED) - received == packed(prompts()) * per_token
+    assert exact_cluster.metric("decode", RECEIVED) - received == packed(prompts()) * per_token
 
 
 @pytest.mark.parametrize("chunk", [64, 512])

@@ -6,7 +6,6 @@ nothing, so the text is what the native pair gives.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,12 +49,6 @@ from support.tiny_qwen3 import make_tiny_checkpoint
 NEW_TOKENS = 12
 
 
-def metric(cluster: Cluster, role: str, name: str) -> float:
-    (url,) = re.findall(rf"{role}-\w+ +metrics +(\S+)", cluster.output)
-    (value,) = re.findall(rf"^{name} (\S+)$", httpx.get(url).text, re.MULTILINE)
-    return float(value)
-
-
 def complete(cluster: Cluster, ids: list[int]) -> list[int]:
     body = {"prompt": ids, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     response = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
@@ -73,8 +66,8 @@ def test_block_float_reaches_a_decode_that_reads_bf16_alone(tmp_path: Path) -> N
     with running_cluster(tmp_path, *arguments) as cluster:
         texts = [complete(cluster, ids) for ids in prompts]
         again = complete(cluster, prompts[1])
-        sent = metric(cluster, "prefill", "hma_prefill_kv_sent_bytes_total")
-        received = metric(cluster, "decode", "hma_decode_kv_received_bytes_total")
+        sent = cluster.metric("prefill", "kv_sent_bytes_total")
+        received = cluster.metric("decode", "kv_received_bytes_total")
     assert texts == [reference_generate(checkpoint, "tt_bfp8", ids, NEW_TOKENS) for ids in prompts]
     assert again == texts[1]  # over pages of the first time
     tokens = sum((len(ids) - 1) // 32 * 32 for ids in prompts)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from hma_serve.core.errors import NotFound, Unavailable
@@ -83,7 +81,8 @@ def ask(decodes: decode_worker.Client, tokens: list[int]) -> decode_pb2.DecodeGe
 async def test_a_cut_connection_costs_no_token_and_no_block_twice(
     prefills: Client, decodes: decode_worker.Client, decode: decode_worker.Worker, checkpoint: Path, at: float
 ) -> None:
-    tokens, before = decode_worker.prompt(PACKED + 5, seed=int(at * 100)), await received_bytes(decode)
+    tokens = decode_worker.prompt(PACKED + 5, seed=int(at * 100))
+    before = await decode.metric("kv_received_bytes_total")
     with between(decode) as proxy:
         generating = decodes.decode.Generate(ask(decodes, tokens), timeout=60)
         ticket = (await first(generating)).ticket
@@ -95,14 +94,8 @@ async def test_a_cut_connection_costs_no_token_and_no_block_twice(
         proxy.heal()
         completed = await sending
         assert completed.payload_bytes == WIRE_BYTES
-        assert await received_bytes(decode) - before == WIRE_BYTES
+        assert await decode.metric("kv_received_bytes_total") - before == WIRE_BYTES
         assert emitted(await rest(generating)) == reference_generate(checkpoint, "tt_bfp8", tokens, NEW_TOKENS)
-
-
-async def received_bytes(decode: decode_worker.Worker) -> float:
-    """Payload bytes that decode took in and checked, since its start."""
-    metrics = (await asyncio.to_thread(httpx.get, f"http://{decode.http}/metrics")).text
-    return float(re.findall(r"^hma_decode_kv_received_bytes_total (\S+)$", metrics, re.MULTILINE)[0])
 
 
 async def test_a_ticket_that_decode_does_not_know_is_refused(

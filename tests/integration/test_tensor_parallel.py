@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from hma_serve.checkpoint import read_model_config
 from hma_serve.model import CausalAttention, Transformer, open_weights
-from support.cluster import Cluster, command, descendants, environment, running_cluster, survivors
+from support.cluster import command, descendants, environment, running_cluster, survivors
 from support.tiny_qwen3 import make_tiny_checkpoint
 
 CHECK = Path(__file__).parents[1] / "support" / "tensor_parallel_check.py"
@@ -60,13 +59,6 @@ def logits_of(model: Transformer, layers: int, ids: list[int]) -> torch.Tensor:
     return model.logits(model.forward(torch.tensor(ids), torch.arange(len(ids)), attention))
 
 
-def computed_tokens(cluster: Cluster) -> float:
-    """What prefill has computed."""
-    (url,) = re.findall(r"prefill-\w+ +metrics +(\S+)", cluster.output)
-    (tokens,) = re.findall(r"^hma_prefill_tokens_total (\S+)$", httpx.get(url).text, re.MULTILINE)
-    return float(tokens)
-
-
 @torch.inference_mode()
 def test_greedy_tokens_of_two_ranks_equal_those_of_one(checkpoint: Path, tmp_path: Path) -> None:
     config = read_model_config(checkpoint)
@@ -76,7 +68,7 @@ def test_greedy_tokens_of_two_ranks_equal_those_of_one(checkpoint: Path, tmp_pat
     arguments = ["--model", str(checkpoint), "--prefill-profile", "f32", "--dtype", "float32"]
     arguments += ["--prefill-arg=--tp=2", "--prefill-arg=--chunk-tokens=64", "--prefill-arg=--layers-ahead=1"]
     with running_cluster(tmp_path, *arguments) as cluster:
-        before = computed_tokens(cluster)
+        before = cluster.metric("prefill", "tokens_total")
         for length in (33, 64, 97, 200, 400):
             prompt = torch.randint(3, config.vocab_size, (length,), generator=generator).tolist()
             body = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
@@ -89,7 +81,7 @@ def test_greedy_tokens_of_two_ranks_equal_those_of_one(checkpoint: Path, tmp_pat
                 if token != int(tokens[0]):
                     assert float(values[0] - values[1]) < TOLERANCE
                     break
-        assert computed_tokens(cluster) - before == 32 + 32 + 96 + 192 + 384
+        assert cluster.metric("prefill", "tokens_total") - before == 32 + 32 + 96 + 192 + 384
 
 
 def test_one_rank_s_death_ends_the_instance(checkpoint: Path) -> None:

@@ -89,9 +89,7 @@ def test_a_request_becomes_tokens_over_encrypted_links(cluster: Cluster, directo
 def test_a_prompt_over_http_still_goes_through_prefill(cluster: Cluster) -> None:
     body = {"prompt": "The sea was calm. " * 40, "max_tokens": 2}
     assert httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=30).status_code == 200
-    line = next(line for line in cluster.lines if line.strip().startswith("prefill-") and "/metrics" in line)
-    sent = [row for row in httpx.get(line.split()[-1]).text.splitlines() if row.startswith("hma_prefill_kv_sent_bytes")]
-    assert float(sent[0].split()[1]) > 0
+    assert cluster.metric("prefill", "kv_sent_bytes_total") > 0
 
 
 @pytest.mark.parametrize("port", ["router", "prefill", "decode", "etcd"])

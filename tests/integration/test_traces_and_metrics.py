@@ -106,17 +106,9 @@ def test_a_request_over_grpc_begins_a_trace_of_its_own(cluster: Cluster, collect
 NAMED = re.compile(r"(?P<name>(?:hma_(?P<role>[a-z]+)_[a-z0-9_]+)|vllm:[a-z_]+)")
 
 
-def metrics_urls(cluster: Cluster) -> dict[str, str]:
-    found = {"router": f"{cluster.url}/metrics"}
-    for line in cluster.lines:
-        if line.rstrip().endswith("/metrics"):
-            found[line.split()[0].partition("-")[0]] = line.split()[-1]
-    return found
-
-
 @pytest.mark.parametrize("role", ["router", "prefill", "decode"])
 def test_metrics_are_named_by_role_and_unit(cluster: Cluster, role: str) -> None:
-    text = httpx.get(metrics_urls(cluster)[role]).text
+    text = httpx.get(cluster.metrics_url(role)).text
     types = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
     helps = {line.split()[2] for line in text.splitlines() if line.startswith("# HELP")}
     assert len(types) > 10
@@ -134,9 +126,8 @@ def test_metrics_are_named_by_role_and_unit(cluster: Cluster, role: str) -> None
 
 
 def test_the_names_that_other_tools_read_are_mirrored(cluster: Cluster) -> None:
-    urls = metrics_urls(cluster)
     for role in ("router", "decode"):
-        text = httpx.get(urls[role]).text
+        text = httpx.get(cluster.metrics_url(role)).text
         for name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
             assert f"\n{name} " in text, (role, name)
-    assert "\nvllm:kv_cache_usage_perc " in httpx.get(urls["decode"]).text
+    assert "\nvllm:kv_cache_usage_perc " in httpx.get(cluster.metrics_url("decode")).text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import httpx
+
+from support.metrics import metric_in
 
 START_SECONDS = 90.0
 STOP_SECONDS = 45.0
@@ -50,6 +55,17 @@ class Cluster:
         """Everything that the services logged."""
         files = sorted((self.directory / "logs").glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in files)
+
+    def metrics_url(self, role: str) -> str:
+        """Where the only service of a role tells its metrics."""
+        if role == "router":
+            return f"{self.url}/metrics"
+        (url,) = re.findall(rf"{role}-\w+ +metrics +(\S+)", self.output)
+        return str(url)
+
+    def metric(self, role: str, name: str) -> float:
+        """A metric of the only service of a role, by its name after `hma_<role>_`."""
+        return metric_in(httpx.get(self.metrics_url(role)).text, f"hma_{role}_{name}")
 
     def children(self) -> list[int]:
         """Pids of all live descendants of `up`."""

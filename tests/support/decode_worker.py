@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import httpx
 import pytest
 import torch
 import transformers
@@ -37,6 +38,7 @@ from hma_serve.v1 import (
 )
 from support.cluster import descendants
 from support.deadlines import deadline_in
+from support.metrics import metric_in
 from support.reference import reference_packed_kv
 from support.tiny_qwen3 import make_tiny_checkpoint
 
@@ -74,6 +76,11 @@ class Worker:
     def engine_pid(self) -> int:
         (pid,) = descendants(self.process.pid)
         return pid
+
+    async def metric(self, name: str) -> float:
+        """A metric by its name after `hma_decode_`."""
+        async with httpx.AsyncClient() as http:
+            return metric_in((await http.get(f"http://{self.http}/metrics")).text, f"hma_decode_{name}")
 
 
 def make_checkpoint(directory: Path) -> Path:
