@@ -5,7 +5,6 @@ import torch
 
 from hma_serve.checkpoint import read_model_config, resolve_checkpoint
 from hma_serve.core.errors import FailedPrecondition
-from hma_serve.prefill.accelerators.cuda import CudaAccelerator
 from hma_serve.prefill.accelerators.gpu_memory import gpu_memory_plan, kv_tokens, require_room
 from hma_serve.prefill.accelerators.sharding import Shard
 from hma_serve.prefill.engine_main import kv_capacity
@@ -60,9 +59,3 @@ def test_what_may_run_at_once_is_bounded_by_the_device() -> None:
     assert kv_capacity(8192, 3000, longest=1024) == 3000
     with pytest.raises(FailedPrecondition, match=r"room for the KV of 1000 tokens .* may have 1024; lower"):
         kv_capacity(8192, 1000, longest=1024)
-
-
-def test_a_prefix_cache_of_nothing_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    # CUDA refuses to register no bytes.
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: pytest.fail("asked CUDA"))
-    CudaAccelerator.pin(object.__new__(CudaAccelerator), memoryview(b""))

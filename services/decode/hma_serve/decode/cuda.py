@@ -11,10 +11,8 @@ channels are in the interleaved order.
 from __future__ import annotations
 
 import logging
-import mmap
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from hma_serve.core.errors import FailedPrecondition, InvalidArgument
@@ -30,6 +28,7 @@ from hma_serve.decode.kernels.step_model import StepModel
 from hma_serve.decode.page_order import Role
 from hma_serve.decode.pages import KvGeometry, Need, PagePool
 from hma_serve.model import open_weights
+from hma_serve.model.pinning import pin
 from hma_serve.quant import codec
 from hma_serve.v1.kv_block_pb2 import KV_ROPE_PAIRING_HALF_SPLIT
 
@@ -58,7 +57,7 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
     config = spec.config
     free = torch.cuda.mem_get_info(device)[0]
     capacity = kv_capacity(spec, free, torch.cuda.get_device_name(device), slots.nbytes)
-    _pin(slots)
+    pin(slots)
     with open_weights(spec.checkpoint, config, device=device, dtype=torch.bfloat16, progress=spec.progress) as weights:
         offsets = None if spec.k_offsets is None else spec.k_offsets.to(device)
         model = StepModel(config, weights, offsets, ptx=torch.version.hip is None)
@@ -209,13 +208,3 @@ def kv_capacity(spec: EngineSpec, free: int, device: str, slot_bytes: int) -> in
     _log.info("memory: %s", plan)
     plan.check("choose a smaller model or lower --kv-capacity-tokens or --max-model-len")
     return tokens
-
-
-def _pin(slots: memoryview) -> None:
-    """So that copies need no staging; whole pages, as the arena maps them."""
-    array = np.frombuffer(slots, dtype=np.uint8)
-    status = torch.cuda.cudart().cudaHostRegister(  # type: ignore[no-untyped-call]
-        array.ctypes.data, array.nbytes // mmap.PAGESIZE * mmap.PAGESIZE, 0
-    )
-    if int(status) != 0:
-        raise FailedPrecondition(f"cannot pin {array.nbytes} bytes of host memory for the GPU: error {int(status)}")

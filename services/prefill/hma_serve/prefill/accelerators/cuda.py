@@ -12,13 +12,13 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from hma_serve import quant
 from hma_serve.core.errors import FailedPrecondition
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.model import LazyWeights, open_weights
+from hma_serve.model.pinning import pin
 from hma_serve.model.rotary import rotary_table
 from hma_serve.model.tensors import EMBEDDING, layer_tensor
 from hma_serve.prefill.accelerators import AcceleratorSpec, Completion, KvStore, Segment
@@ -92,12 +92,7 @@ class CudaAccelerator:
 
     def pin(self, memory: memoryview) -> None:
         """See `Accelerator`."""
-        if not memory.nbytes:  # The prefix cache's, when there is none.
-            return
-        array = np.frombuffer(memory, dtype=np.uint8)
-        status = torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0)  # type: ignore[no-untyped-call]
-        if int(status) != 0:
-            raise FailedPrecondition(f"cannot pin {array.nbytes} bytes of host memory for the GPU: error {int(status)}")
+        pin(memory)
 
     def fence(self) -> Completion | None:
         """See `Accelerator`."""
