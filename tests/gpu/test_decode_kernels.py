@@ -1,14 +1,18 @@
-"""The decode step's kernels on a GPU, over the whole grid."""
+"""The decode step's kernels on a GPU, over the whole grid; each test records its error for `bench.decode`."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from hma_serve.decode.kernels.byte_pages import BYTE_PAGES
 from hma_serve.decode.page_order import Role
+from support import small_kernel_checks as small
 from support.decode_kernel_checks import (
     ATTENTION_ERROR,
     MATRICES,
     STEP_ERROR,
+    STEP_SHAPES,
     AttentionCheck,
     extend_grid,
     grid,
@@ -23,30 +27,73 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
+Judge = Callable[..., None]
+
+
+@pytest.fixture
+def judge(record_property: Callable[[str, object], None]) -> Judge:
+    """Records an error with its bound and what it is of, and holds it against the bound."""
+
+    def judged(error: float, bound: float, **of: str) -> None:
+        for name, value in {"error": error, "bound": bound, **of}.items():
+            record_property(name, value)
+        assert error <= bound
+
+    return judged
+
+
+def _codec(check: AttentionCheck) -> str:
+    return check.k_format if check.k_format == check.v_format else f"{check.k_format}, {check.v_format}"
+
 
 @pytest.mark.parametrize("check", grid(), ids=str)
-def test_attention_agrees_with_float64(check: AttentionCheck) -> None:
-    assert check.run(ptx=True) <= ATTENTION_ERROR
+def test_attention_agrees_with_float64(check: AttentionCheck, judge: Judge) -> None:
+    judge(check.run(ptx=True), ATTENTION_ERROR, codec=_codec(check))
 
 
 @pytest.mark.parametrize("check", extend_grid(), ids=str)
-def test_an_extend_agrees_with_float64(check: AttentionCheck) -> None:
-    assert check.run(ptx=True) <= ATTENTION_ERROR
+def test_an_extend_agrees_with_float64(check: AttentionCheck, judge: Judge) -> None:
+    judge(check.run(ptx=True), ATTENTION_ERROR, codec=_codec(check))
 
 
-def test_the_twin_in_plain_triton_agrees_too() -> None:
+def test_the_twin_in_plain_triton_agrees_too(judge: Judge) -> None:
     check = AttentionCheck([(2, 5), (0, 33)], head_dim=32, kv_heads=1, programs=3)
-    assert check.run(ptx=False) <= ATTENTION_ERROR
+    judge(check.run(ptx=False), ATTENTION_ERROR, codec=_codec(check))
 
 
-def test_a_step_agrees_with_the_model() -> None:
-    assert step_error(ptx=True) <= STEP_ERROR
+@pytest.mark.parametrize("shape", STEP_SHAPES)
+def test_a_step_agrees_with_the_model(shape: str, judge: Judge) -> None:
+    judge(step_error(shape, ptx=True), STEP_ERROR)
 
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 17, 32])
-def test_a_product_of_few_rows_agrees_with_float64(rows: int, shape: tuple[int, int]) -> None:
-    assert product_error(rows, *shape, ptx=True) <= ATTENTION_ERROR
+def test_a_product_of_few_rows_agrees_with_float64(rows: int, shape: tuple[int, int], judge: Judge) -> None:
+    judge(product_error(rows, *shape, ptx=True), ATTENTION_ERROR)
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("width", small.WIDTHS)
+@pytest.mark.parametrize("rows", [1, 32, 128])
+def test_a_norm_agrees_with_float64(rows: int, width: int, parts: int, judge: Judge) -> None:
+    judge(small.norm_error(rows, width, parts, ptx=True), small.BOUND)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("width", small.INNER)
+@pytest.mark.parametrize("rows", [1, 32, 128])
+def test_a_gate_agrees_with_float64(rows: int, width: int, parts: int, judge: Judge) -> None:
+    judge(small.gate_error(rows, width, parts, ptx=True), small.BOUND)
+
+
+@pytest.mark.parametrize("case", small.PROJECTIONS, ids=str)
+def test_a_projection_agrees_with_float64(case: small.Projection, judge: Judge) -> None:
+    judge(case.run(ptx=True), small.BOUND)
+
+
+@pytest.mark.parametrize("width", small.WIDTHS)
+def test_embedding_is_exact(width: int) -> None:
+    assert small.embed_error(128, width) == 0
 
 
 @pytest.mark.parametrize("role", Role)

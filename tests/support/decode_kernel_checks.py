@@ -94,6 +94,7 @@ _SINGLE = [
     AttentionCheck([(2, 1)], group=5, head_dim=32, kv_heads=2, programs=7, k_format="int8", v_format="fp8_e4m3fn"),
     AttentionCheck([(1, 40)], group=8, head_dim=32, kv_heads=1, programs=1, k_format="mxfp8_e4m3", v_format="mxint8"),
     AttentionCheck([(2, 3)], group=4, head_dim=64, kv_heads=1, programs=2, k_format="nvfp4", v_format="nvfp4"),
+    AttentionCheck([(0, 1), (3, 9), (1, 32), (0, 34)], head_dim=128, kv_heads=1, programs=5, offset=True),
 ]
 _EXTEND = [
     AttentionCheck([(1, 37), (2, 1)], group=4, head_dim=64, kv_heads=1, programs=5, offset=True, counts=[7, 1]),
@@ -101,6 +102,7 @@ _EXTEND = [
         [(0, 34)], group=5, head_dim=32, kv_heads=2, programs=1, k_format="int8", v_format="int8", counts=[4]
     ),
     AttentionCheck([(2, 33)], group=8, head_dim=32, kv_heads=1, programs=9, k_format="fp8_e4m3fn", counts=[4], tiles=3),
+    AttentionCheck([(1, 5)], group=5, head_dim=128, kv_heads=1, programs=2, counts=[3]),
 ]
 CORNER = {"single": _SINGLE, "extend": _EXTEND}
 
@@ -122,7 +124,12 @@ def grid() -> list[AttentionCheck]:
         AttentionCheck(_uneven(count, 40), programs=programs) for count in (1, 3, 32, 128) for programs in (1, 50, 2112)
     ]
     lengths = [AttentionCheck([(0, length)], kv_heads=8) for length in (1, 31, 32, 33, 1000, 4999)]
-    codecs = [AttentionCheck(_IMBALANCED, k_format=k, v_format=v) for k, v in _CODECS]
+    codecs = [
+        AttentionCheck(_IMBALANCED, group=group, head_dim=head_dim, k_format=k, v_format=v, offset=head_dim == 64)
+        for group in (4, 5, 8)
+        for head_dim in (64, 128)
+        for k, v in _CODECS
+    ]
     return heads + batches + lengths + codecs
 
 
@@ -153,7 +160,7 @@ def extend_grid() -> list[AttentionCheck]:
     ]
     codecs = [
         AttentionCheck([(3, 40), (1, 1)], group=group, counts=[21, 1], k_format=k, v_format=v)
-        for group in (4, 5)
+        for group in (4, 5, 8)
         for k, v in _CODECS
     ]
     return heads + every + long + tiles + codecs
@@ -166,16 +173,21 @@ def _uneven(count: int, most: int) -> list[tuple[int, int]]:
     return list(zip(packed, plain, strict=True))
 
 
-def step_error(*, ptx: bool) -> float:
-    """The runner's step of a small model over a packed prompt, the end of another, a prompt, and a single token."""
+STEP_SHAPES = {"small": (256, 160, 4, 2, 32), "8B": (4096, 12288, 32, 8, 128), "14B": (5120, 17408, 40, 8, 128)}
+"""Hidden size, width of the MLP, heads, KV heads and head_dim; two layers of each."""
+
+
+def step_error(shape: str = "small", *, ptx: bool) -> float:
+    """The runner's step of a model over a packed prompt, the end of another, a prompt, and a single token."""
+    hidden_size, inner, heads, kv_heads, head_dim = STEP_SHAPES[shape]
     config = ModelConfig(
         vocab_size=96,
-        hidden_size=256,
-        intermediate_size=160,
+        hidden_size=hidden_size,
+        intermediate_size=inner,
         num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         rms_norm_eps=1e-6,
         rope_theta=1e4,
         max_position_embeddings=256,
@@ -214,6 +226,8 @@ def product_error(rows: int, outputs: int, width: int, *, ptx: bool) -> float:
         x, matrix = x.bfloat16(), matrix.bfloat16()
     expected = x.double() @ matrix.double().T
     multiply = matvec if rows == 1 else skinny
+    # So that what is not written is no answer of an earlier call.
+    torch.full((8, rows, outputs), torch.nan, device=DEVICE)
     with _no_device() if not ON_GPU else nullcontext():
         found = multiply(x.to(DEVICE), matrix.to(DEVICE), pdl=ptx).cpu().double()
     found = found.view(-1, rows, outputs).sum(0)

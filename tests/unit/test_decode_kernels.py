@@ -18,10 +18,18 @@ TESTS = Path(__file__).parents[1]
 ROLES = pytest.mark.parametrize("role", Role)
 
 
-@pytest.mark.parametrize("part", ["single", "extend", "step", "placing"])
-def test_kernels_agree_with_float64_and_with_the_model(part: str) -> None:
+@pytest.mark.parametrize(
+    "program",
+    [
+        *(["decode_kernel_checks", part] for part in ("single", "extend", "step", "placing")),
+        ["small_kernel_checks"],
+    ],
+    ids=" ".join,
+)
+def test_kernels_agree_with_float64_and_with_the_model(program: list[str]) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "support.decode_kernel_checks", part]
+    module, *part = program
+    command = [sys.executable, "-m", f"support.{module}", *part]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

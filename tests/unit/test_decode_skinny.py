@@ -1,10 +1,11 @@
 """How a product of few rows is shared among programs."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hma_serve.decode.kernels.skinny import _cut
+from hma_serve.decode.kernels.skinny import _cut, skinny
 
 sizes = st.integers(1, 60_000)
 
@@ -28,3 +29,8 @@ def test_several_slices_are_one_wave(outputs: int, width: int, processors: int, 
 )
 def test_products_of_8b_on_an_h200(outputs: int, width: int, slices: int) -> None:
     assert _cut(outputs, width, 132, 8).slices == slices
+
+
+def test_more_rows_than_its_columns_are_refused() -> None:
+    with pytest.raises(ValueError, match="33 rows are more than 32"):
+        skinny(torch.zeros(33, 8), torch.zeros(4, 8), pdl=False)

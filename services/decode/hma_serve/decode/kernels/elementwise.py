@@ -1,7 +1,8 @@
 """What stands between the products of a layer: embedding, residual and norm, qk-norm and rotation and write, SwiGLU.
 
 All four are bound by launches and latency, not by bytes: at 128 rows none moves more than a few megabytes. Arithmetic
-is float32 between reads and writes, rounded where the model (`hma_serve.model`) rounds, so both give the same BF16.
+is float32 between reads and writes, rounded where the model (`hma_serve.model`) rounds: against float64, which rounds
+nowhere, at most 5e-3 (relative L2, asserted over the shapes of Qwen3); the embedding is exact.
 
 What is read of a product may come in parts, [parts, rows, channels] (`skinny`); they are added where they are read.
 

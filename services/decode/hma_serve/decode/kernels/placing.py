@@ -1,7 +1,7 @@
 """Puts units that arrived into pages, in the order of the attention kernel: `BytePage.arrange` and a scatter at once.
 
 Bound by launches: a block is about a megabyte, read and written once. What counts is that it is one launch and not ten,
-since the engine's thread makes them between two steps.
+since the engine's thread makes them between two steps. Exact: bit for bit what `BytePage.arrange` gives.
 """
 
 from __future__ import annotations

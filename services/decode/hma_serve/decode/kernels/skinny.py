@@ -3,6 +3,10 @@
 A program multiplies `_OUTPUTS` rows of the matrix by a slice of its columns. There are as many slices as fill the
 multiprocessors once, and whoever reads the product adds what came of them: that costs less than any way of adding it
 here. The first columns are asked for, as far as L2, before the kernel in front, which makes the vectors, is over.
+
+Arithmetic: BF16 operands, float32 sums on tensor cores (`wgmma`); parts stay float32 and are rounded once, when they
+have been added. So the error is that of one rounding to BF16: at most 3e-3 of the product, relative L2 against float64,
+asserted; 1.7e-3 seen. Limits: the matrix's bytes, and 2 rows of operations an element, far below what tensor cores do.
 """
 
 from __future__ import annotations
@@ -123,9 +127,14 @@ def skinny(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool, most_parts: int 
         most_parts: How many there may be.
 
     Returns:
-        [parts, rows, outputs]: float32, or, if it is one part, the dtype of X. Sums are in float32.
+        [parts, rows, outputs]: float32, or, if it is one part, the dtype of X.
+
+    Raises:
+        ValueError: There are more rows than that.
     """
     (rows, width), outputs = x.shape, len(matrix)
+    if rows > MOST_ROWS:
+        raise ValueError(f"{rows} rows are more than {MOST_ROWS}")
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     cut = _cut(outputs, width, processors, most_parts)
     out = x.new_empty((cut.slices, rows, outputs), dtype=torch.float32 if cut.slices > 1 else x.dtype)
