@@ -133,6 +133,50 @@ async def test_who_would_be_served_in_time_is_not_refused_for_others_that_wait_b
 
 
 @virtual
+async def test_the_pace_of_batches_that_end_together_is_that_of_the_batches() -> None:
+    """64 at once every 15 s are one in 0.23 s, not 63 in no time."""
+    loop = asyncio.get_running_loop()
+    admission = Admission(Room(64), max_wait=60)
+    seats = await asyncio.gather(*(acquire(admission, arrived=loop.time()) for _ in range(64)))
+    waiters = [acquire(admission, arrived=loop.time()) for _ in range(128)]
+    await settle()
+    await asyncio.sleep(15)
+    for seat in seats:
+        seat.release()
+    seats = await asyncio.gather(*waiters[:64])
+    waiters = waiters[64:] + [acquire(admission, arrived=loop.time()) for _ in range(192)]
+    await settle()
+    with pytest.raises(WouldWaitTooLong, match="256 requests are ahead, about 60 s") as raised:
+        await acquire(admission, deadline=loop.time() + 50, arrived=loop.time())
+    assert raised.value.retry_after == pytest.approx(10)
+    for seat in seats:
+        seat.release()
+    for waiter in waiters:
+        (await waiter).release()
+
+
+@virtual
+async def test_who_waited_in_vain_is_told_how_long_the_others_will() -> None:
+    loop = asyncio.get_running_loop()
+    admission = Admission(Room(1), max_wait=60)
+    seat = await acquire(admission, arrived=loop.time())
+    early = [acquire(admission, arrived=loop.time()) for _ in range(10)]
+    await settle()
+    late = [acquire(admission, arrived=loop.time()) for _ in range(10)]
+    for waiter in early:
+        await asyncio.sleep(5)
+        seat.release()
+        seat = await waiter
+    await asyncio.sleep(11)
+    for waiter in late:
+        with pytest.raises(WaitedTooLong) as raised:
+            await waiter
+        assert raised.value.retry_after is not None
+        assert raised.value.retry_after > 1
+    seat.release()
+
+
+@virtual
 async def test_a_pace_is_learnt_anew_each_time_that_a_line_forms() -> None:
     room = Room(1)
     admission = Admission(room, max_wait=30)

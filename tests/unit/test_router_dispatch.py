@@ -37,6 +37,7 @@ from hma_serve.router.pipeline import Pipeline
 from hma_serve.router.placement import Placement
 from hma_serve.rpc import ChannelCache, GrpcServer
 from hma_serve.telemetry.http import serve_app
+from hma_serve.text import TokenizingPool
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
 from support.fake_fleet import LONG, SHORT, TOKENS, request, running_fleet, token_ids, tokens
 from support.fake_workers import FakeDecode, running_pipeline, until
@@ -258,6 +259,20 @@ async def test_what_is_shed_has_missed_its_objectives() -> None:
             await tokens(pipeline, replace(request(), n=2))
         assert counted(pipeline.metrics.shed) == {("waited_too_long",): 1}
         assert counted(pipeline.metrics.slo) == objectives("missed", 2)
+
+
+async def test_texts_that_find_no_room_to_wait_are_shed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(pool: TokenizingPool, text: str) -> list[int]:
+        raise ResourceExhausted("too many long prompts wait to be tokenized", retry_after=3)
+
+    monkeypatch.setattr(TokenizingPool, "encode", refuse)
+    async with running_pipeline(FakeDecode()) as (pipeline, _):
+        with pytest.raises(Shed) as raised:
+            await pipeline.completions.prepare(replace(request(), prompts=("x", "y"), n=2))
+        assert raised.value.retry_after == 3
+        assert counted(pipeline.metrics.shed) == {("tokenizing",): 1}
+        assert counted(pipeline.metrics.slo) == objectives("missed", 4)
+        assert counted(pipeline.metrics.requests) == {("resource_exhausted",): 1}
 
 
 async def test_what_a_drain_cuts_off_has_missed_its_objectives_and_what_had_ended_has_not() -> None:

@@ -36,7 +36,7 @@ def tokenizer() -> GatedTokenizer:
 
 @pytest.fixture
 async def pool(tokenizer: GatedTokenizer) -> AsyncIterator[TokenizingPool]:
-    pool = TokenizingPool(tokenizer, threads=1, max_waiting=1, inline_chars=LIMIT)
+    pool = TokenizingPool(tokenizer, threads=1, max_pending_chars=2 * len(LONG), inline_chars=LIMIT)
     yield pool
     tokenizer.gate.set()
     pool.close()
@@ -52,10 +52,10 @@ async def test_long_texts_leave_the_loop_free(pool: TokenizingPool, tokenizer: G
     await asyncio.sleep(0)
     assert await pool.encode(SHORT)  # answered while the long one waits for the gate
     assert not task.done()
-    assert pool.pending == 1
+    assert pool.pending_chars == len(LONG)
     tokenizer.gate.set()
     assert await task == tokenizer.encode(LONG)
-    assert pool.pending == 0
+    assert pool.pending_chars == 0
     assert len(set(tokenizer.threads)) == 2
 
 
@@ -71,13 +71,18 @@ async def test_too_many_long_texts_are_refused(pool: TokenizingPool, tokenizer: 
     assert await pool.encode(LONG)
 
 
+async def test_a_text_alone_may_be_of_any_length(pool: TokenizingPool, tokenizer: GatedTokenizer) -> None:
+    tokenizer.gate.set()
+    assert len(await pool.encode(10 * LONG)) == len(tokenizer.encode(10 * LONG))
+
+
 async def test_a_cancelled_caller_gives_its_place_back(pool: TokenizingPool, tokenizer: GatedTokenizer) -> None:
     tasks = [asyncio.create_task(pool.encode(LONG)) for _ in range(2)]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert pool.pending == 0
+    assert pool.pending_chars == 0
     tokenizer.gate.set()
     assert await pool.encode(LONG)
 

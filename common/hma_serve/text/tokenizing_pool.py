@@ -19,7 +19,8 @@ from hma_serve.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-_RETRY_AFTER = 1.0
+_SECONDS_PER_CHAR = 1e-6
+_LEAST_RETRY = 1.0
 # What a message or a value costs beside its characters, as characters.
 _VALUE_CHARS = 20
 
@@ -34,7 +35,8 @@ class TokenizingPool:
         tokenizer: Shared by all threads.
         template: For conversations; None: the model has none.
         threads: Texts that are encoded at the same time.
-        max_waiting: Long texts that may wait for a thread.
+        max_pending_chars: Of long texts that wait or are being encoded, together; one alone may be of any length. What
+            bounds them is memory: how long they wait is for those to say who place requests.
         inline_chars: Texts up to this length are encoded on the loop (about 1 µs a character).
     """
 
@@ -44,27 +46,28 @@ class TokenizingPool:
         template: ChatTemplate | None = None,
         *,
         threads: int = 2,
-        max_waiting: int = 64,
+        max_pending_chars: int = 1 << 26,
         inline_chars: int = 2000,
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
-        self._limit = threads + max_waiting
+        self._threads = threads
+        self._limit = max_pending_chars
         self._inline_chars = inline_chars
-        self._pending = 0
+        self._pending_chars = 0
 
     @property
-    def pending(self) -> int:
-        """Long texts that wait or are being encoded."""
-        return self._pending
+    def pending_chars(self) -> int:
+        """Of long texts that wait or are being encoded."""
+        return self._pending_chars
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of `text`, as `Tokenizer.encode`.
 
         Raises:
             InvalidArgument: The text is not valid Unicode.
-            ResourceExhausted: Too many long texts wait already.
+            ResourceExhausted: Too much text waits already.
         """
         return await self._run(len(text), lambda: self._tokenizer.encode(text))
 
@@ -73,37 +76,38 @@ class TokenizingPool:
 
         Raises:
             InvalidArgument: There is no template, it refuses the conversation, or the text is not valid Unicode.
-            ResourceExhausted: Too many long texts wait already.
+            ResourceExhausted: Too much text waits already.
         """
         template = self._template
         if template is None:
             raise InvalidArgument(
                 "the model has no chat template; send the whole prompt as text to /v1/completions", field="messages"
             )
-        size = _size((conversation.messages, conversation.tools), self._inline_chars)
+        size = _size((conversation.messages, conversation.tools))
         return await self._run(size, lambda: self._tokenizer.encode(template.render(conversation), add_special=False))
 
     async def _run(self, chars: int, work: Callable[[], T]) -> T:
         """In place if it is short, else in a thread."""
         if chars <= self._inline_chars:
             return work()
-        if self._pending >= self._limit:
-            raise ResourceExhausted("too many long prompts wait to be tokenized", retry_after=_RETRY_AFTER)
-        self._pending += 1
+        if self._pending_chars and self._pending_chars + chars > self._limit:
+            takes = self._pending_chars * _SECONDS_PER_CHAR / self._threads
+            raise ResourceExhausted("too many long prompts wait to be tokenized", retry_after=max(takes, _LEAST_RETRY))
+        self._pending_chars += chars
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
-            self._pending -= 1
+            self._pending_chars -= chars
 
     def close(self) -> None:
         """Drops what waits; does not wait for what is being encoded."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _size(value: object, enough: int) -> int:
-    """About how many characters a value has; stops counting above `enough`."""
+def _size(value: object) -> int:
+    """About how many characters a value has."""
     size, left = 0, [value]
-    while left and size <= enough:
+    while left:
         found = left.pop()
         size += _VALUE_CHARS
         if isinstance(found, str):

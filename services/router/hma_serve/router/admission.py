@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -34,9 +35,10 @@ _RETRY_WHEN_FULL = 1.0
 _RETRY_WHEN_NOBODY = 2.0
 _LONGEST_RETRY = 60.0
 
-# Admissions after which a line's pace is believed, and how fast it follows.
+# Admissions after which a line's pace is believed, and from how many of the last it is taken: requests of one batch
+# often end together, so it takes several batches to see how fast they come.
 _PACE_KNOWN_AFTER = 8
-_PACE_SMOOTHING = 0.2
+_PACE_OF = 1024
 
 
 class Shed(ResourceExhausted):
@@ -125,24 +127,27 @@ class _Queue:
 
     def __init__(self) -> None:
         self.line: Line[_Turn] = Line()
-        self._interval = 0.0
-        self._admitted = 0
-        self._last: float | None = None
+        self._since = 0.0
+        self._admitted: deque[float] = deque()
+
+    def add(self, waiter: Waiter[_Turn], now: float) -> None:
+        """Lets one wait. A pace is learnt anew each time that a line forms: the fleet may be another by then."""
+        if not len(self.line):
+            self._since = now
+            self._admitted.clear()
+        self.line.add(waiter)
 
     def admitted(self, now: float) -> None:
-        """Its first got room. A pace is learnt anew each time that a line forms: the fleet may be another by then."""
-        if not len(self.line):
-            self._admitted, self._interval, self._last = 0, 0.0, None
-            return
-        if self._last is not None:
-            self._admitted += 1
-            took = now - self._last
-            self._interval += (took - self._interval) * (_PACE_SMOOTHING if self._admitted > 1 else 1.0)
-        self._last = now
+        """Its first got room."""
+        self._admitted.append(now)
+        if len(self._admitted) > _PACE_OF:
+            self._since = self._admitted.popleft()
 
     def wait(self, ahead: int) -> float:
         """Seconds until so many got their turn; 0 while the pace is not known."""
-        return ahead * self._interval if self._admitted >= _PACE_KNOWN_AFTER else 0.0
+        if len(self._admitted) < _PACE_KNOWN_AFTER:
+            return 0.0
+        return ahead * (self._admitted[-1] - self._since) / len(self._admitted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +208,7 @@ class Admission:
         loop = asyncio.get_running_loop()
         now = loop.time()
         if now >= due:
-            raise self._too_late(claim.deadline <= due)
+            raise self._too_late(claim.deadline <= due, 0.0)
         queue = self._pairs if claim.demand.packed_tokens else self._decode_only
         waiter = self._waiter(claim, due)
         busy = "other requests wait already"
@@ -217,7 +222,7 @@ class Admission:
             busy = outcome.message
         if not claim.resumed:
             self._shed_early(queue, waiter, due - now, busy)
-        timer = loop.call_at(due, _give_up, waiter.payload, self._too_late(claim.deadline <= due))
+        timer = loop.call_at(due, self._time_is_up, queue, waiter.payload, claim.deadline <= due)
         try:
             return await self._wait(queue, waiter)
         finally:
@@ -241,7 +246,7 @@ class Admission:
         if wait > patience:
             raise WouldWaitTooLong(
                 f"{ahead} requests are ahead, about {wait:.0f} s; this one may wait {patience:.0f} s",
-                retry_after=min(max(wait - patience, _RETRY_WHEN_FULL), _LONGEST_RETRY),
+                retry_after=_retry_after(wait - patience),
             )
         if self.waiting >= self._max_waiting and not self._make_room(newcomer):
             raise _full(busy, wait)
@@ -263,7 +268,7 @@ class Admission:
 
     async def _wait(self, queue: _Queue, waiter: Waiter[_Turn]) -> Held:
         turn = waiter.payload
-        queue.line.add(waiter)
+        queue.add(waiter, asyncio.get_running_loop().time())
         # It may have become the first in line, and may fit where the one behind it does not.
         self._serve()
         try:
@@ -335,10 +340,17 @@ class Admission:
         turns = rival.rank == waiter.rank and rival.tenant != waiter.tenant
         return rival if (self._served_last is queue if turns else rival < waiter) else None
 
-    def _too_late(self, deadline_passed: bool) -> HmaError:
+    def _time_is_up(self, queue: _Queue, turn: _Turn, deadline_passed: bool) -> None:
+        _give_up(turn, self._too_late(deadline_passed, queue.wait(len(queue.line))))
+
+    def _too_late(self, deadline_passed: bool, wait: float) -> HmaError:
         if deadline_passed:
             return DeadlineExceeded("the deadline passed while the request waited for a worker")
-        return WaitedTooLong(f"no worker had room within {self._max_wait:g} s", retry_after=_RETRY_WHEN_FULL)
+        return WaitedTooLong(f"no worker had room within {self._max_wait:g} s", retry_after=_retry_after(wait))
+
+
+def _retry_after(wait: float) -> float:
+    return min(max(wait, _RETRY_WHEN_FULL), _LONGEST_RETRY)
 
 
 def _give_up(turn: _Turn, error: HmaError) -> None:
@@ -347,8 +359,7 @@ def _give_up(turn: _Turn, error: HmaError) -> None:
 
 
 def _full(why: str, wait: float) -> QueueFull:
-    retry = min(max(wait, _RETRY_WHEN_FULL), _LONGEST_RETRY)
-    return QueueFull(f"the queue is full ({why}); try again later", retry_after=retry)
+    return QueueFull(f"the queue is full ({why}); try again later", retry_after=_retry_after(wait))
 
 
 def _refusal(reject: Reject) -> HmaError:

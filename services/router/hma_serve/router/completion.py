@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from hma_serve.core.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     Unavailable,
 )
 from hma_serve.core.request import MAX_SEED, SamplingParams, Slo, StopConditions
@@ -267,6 +268,10 @@ class Completions:
             return await self._prepare(request, asyncio.get_running_loop().time())
         except HmaError as exc:
             self._metrics.requests.labels(exc.code).inc()
+            if isinstance(exc, Shed):
+                loop, slo = asyncio.get_running_loop(), request.slo.or_else(self._slo)
+                wanted = max(1, request.n * len(request.prompts))
+                self._count_failure(exc, [Pace(self._metrics, slo, loop.time()) for _ in range(wanted)])
             raise
 
     async def _prepare(self, request: CompletionRequest, arrived: float) -> Prepared:
@@ -314,11 +319,11 @@ class Completions:
     async def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         field_name = "prompt"
         if isinstance(prompt, str):
-            ids = tuple(await self._tokenizing.encode(prompt))
+            ids = await _tokenized(self._tokenizing.encode(prompt))
         elif isinstance(prompt, Conversation):
             field_name = "messages"
             conversation = with_roles_of(prompt, self.model.chat_template)
-            ids = tuple(await self._tokenizing.encode_conversation(conversation))
+            ids = await _tokenized(self._tokenizing.encode_conversation(conversation))
         else:
             ids = prompt
             self._check_vocabulary(ids, field_name)
@@ -453,6 +458,19 @@ class Completions:
                 if isinstance(step, Ended):
                     pace.finish()
                     yield Finished(index, step.reason, step.stop_token_id, produced, cached, step.migrations)
+
+
+class TextsWait(Shed):
+    """More text waits to be tokenized than there is room for."""
+
+    reason = "tokenizing"
+
+
+async def _tokenized(tokenizing: Awaitable[list[int]]) -> tuple[int, ...]:
+    try:
+        return tuple(await tokenizing)
+    except ResourceExhausted as exc:
+        raise TextsWait(exc.message, retry_after=exc.retry_after) from exc
 
 
 def _sampling_of_copy(sampling: SamplingParams, copy: int) -> SamplingParams:
