@@ -138,19 +138,23 @@ async def _path(one: Prefill, prefill: Worker, decode: Worker, events: Path, lay
                 payload_bytes=passed[0].payload_bytes,
                 layer=LayerParts(
                     compute=statistics.median(each.compute for each in passed) / layers,
-                    transfer=_transfer(events, layers),
+                    transfer=transfer_seconds(events, layers, one.repeats),
                 ),
             )
             rows.append(row)
     return rows
 
 
-def _transfer(events: Path, layers: int) -> float:
-    """Seconds that a layer of the last prompt took to leave once it was computed and the one before had left."""
-    lines = [json.loads(line) for line in events.read_text().splitlines()[-layers:]]
-    left = [0, *(line["left_ns"] for line in lines)]
-    ready = [max(line["computed_ns"], before) for line, before in zip(lines, left[:-1], strict=True)]
-    return float(statistics.median(after - begin for after, begin in zip(left[1:], ready, strict=True))) / 1e9
+def transfer_seconds(events: Path, layers: int, prompts: int) -> float:
+    """That a layer took to leave once it was computed and the one before had left: the median over the last prompts."""
+    lines = [json.loads(line) for line in events.read_text().splitlines()[-layers * prompts :]]
+    spent: list[int] = []
+    for start in range(0, layers * prompts, layers):
+        left = 0
+        for line in lines[start : start + layers]:
+            spent.append(line["left_ns"] - max(line["computed_ns"], left))
+            left = line["left_ns"]
+    return statistics.median(spent) / 1e9
 
 
 def _with_layer(row: PathRow, one: Prefill, plan: Plan) -> PathRow:
