@@ -22,6 +22,7 @@ def test_the_kernels_give_the_references_bits_in_the_interpreter() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_kernels_give_the_references_bits_on_a_gpu() -> None:
     done = subprocess.run([sys.executable, str(CHECKS)], capture_output=True, text=True, check=False)
