@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU machine, in the order of what is worth most, each part within its limit of time.
 #   bench/gpu_day.sh [PART ...]; parts, all by default:
-#   tests kernels whole_path prefill attention decode beside ablation ablation_14b ablation_32b
+#   tests kernels products whole_path prefill attention decode beside ablation ablation_14b ablation_32b
 # Each writes into a folder of its name in $OUT (default: gpu_results). Nothing needs to be installed but the packages that
 # the services import: the roots of the source are on the path. $COMMIT names the commit where there is no git, $PYTHON
 # the interpreter. A part that fails or runs out of time does not end the others; the exit status says whether one did.
@@ -32,12 +32,15 @@ ablation() { # ablation NAME SHAPE...
     --mbit 8000 --model "$@" --write "$out/$name"
 }
 
-for each in "${@:-tests kernels whole_path prefill attention decode beside ablation ablation_14b ablation_32b}"; do
+for each in "${@:-tests kernels products whole_path prefill attention decode beside ablation ablation_14b ablation_32b}"; do
   for name in $each; do
     case $name in
+      # Prefill's kernels, without pytest.
       tests) part tests 300 "$python" tests/support/prefill_kernel_checks.py ;;
-      # Decode's tests (they need pytest and its plugins), then extends. About five minutes.
-      kernels) part kernels 590 "$python" -m bench.decode --seconds 400 8B-extend extend ;;
+      # All GPU tests (they need pytest and its plugins), then extends. Six minutes or more.
+      kernels) part kernels 590 "$python" -m bench.decode --seconds 500 8B-extend extend ;;
+      # By the package's kernels and by the library, alone and in steps. A minute or two.
+      products) part products 400 "$python" -m bench.decode --no-check --seconds 300 products ;;
       # About four minutes, of which one goes to starting three workers.
       whole_path) part whole_path 560 "$python" -m bench.whole_path --device cuda ;;
       prefill) part prefill 400 "$python" -m bench.prefill_gpu 8B ;;

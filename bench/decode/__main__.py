@@ -2,12 +2,12 @@
 
 Compiles what it times and runs the GPU tests, both in parallel processes, then times, writes `decode.json` and
 `decode.svg` into $OUT or the current directory, and prints its tables last. `decode.json` is written again after every
-part, so a run that is cut short keeps what it had.
+row, so a run that is cut short keeps what it had; what the tests found stands in it, too.
 
 Parts `8B` to `4B` are whole steps (b); format `bf16` there is the same step with its KV materialised, so (c) is read
 off both. Part `attention` is (a) for block float, `codecs` for other formats, `beside` what flex_attention and
 FlashInfer take at the same points. `extend` is several query tokens of a sequence, read together or each for itself,
-`8B-extend` a step with that.
+`8B-extend` a step with that. `products` are the 8B's by the package's kernels and by the library, and steps with each.
 """
 
 from __future__ import annotations
@@ -25,13 +25,22 @@ from typing import Any
 
 import torch
 
-from bench.decode import attention, beside, extend, step
+from bench.decode import attention, beside, checks, extend, products, step
 from bench.decode.picture import picture
 from bench.decode.timing import copy_bandwidth
 from bench.figures import provenance
 
-PARTS = ("8B", "attention", "extend", "8B-extend", "32B", "14B", "4B", "codecs", "beside")
-TABLES = ("attention", "steps", "extend", "extend_steps", "beside")
+PARTS = ("8B", "attention", "extend", "8B-extend", "products", "32B", "14B", "4B", "codecs", "beside")
+TABLES: dict[type, str] = {
+    attention.AttentionRow: "attention",
+    step.StepRow: "steps",
+    products.ProductRow: "products",
+    products.ProductStepRow: "product_steps",
+    extend.ExtendRow: "extend",
+    step.ExtendStepRow: "extend_steps",
+    beside.BesideRow: "beside",
+}
+"""In which table a row stands."""
 COMPILED: dict[str, list[str]] = {**attention.COMPILED, "extend": extend.COMPILED, "beside": beside.COMPILED}
 """By part: calls that compile, each in a process of its own, what will be timed."""
 
@@ -50,44 +59,54 @@ def main() -> int:
     end = time.monotonic() + args.seconds
     out = Path(os.environ.get("OUT", "."))
     compiling = _compile(parts)
-    passed = _check(out, args.tests) if args.check else None
+    checked = checks.run(out, args.tests) if args.check else None
     compiled = [process.wait() for process in compiling] == [0] * len(compiling)
     copy = copy_bandwidth()
-    tables: dict[str, list[Any]] = {name: [] for name in TABLES}
+    tables: dict[str, list[Any]] = {name: [] for name in TABLES.values()}
     found: dict[str, Any] = {
         "provenance": provenance(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "copy_tb_per_s": copy / 1e12,
-        "checks_passed": passed and compiled,
+        "compiled": compiled,
+        **_checked(checked),
         **tables,
     }
+    result = out / "decode.json"
+    result.write_text(json.dumps(found, indent=1))
     for part in parts:
-        table, rows = _measure(copy, part)
-        for row in rows:
-            tables[table].append(dataclasses.asdict(row))
+        for row in _measure(copy, part):
+            tables[TABLES[type(row)]].append(dataclasses.asdict(row))
+            result.write_text(json.dumps(found, indent=1))
             if time.monotonic() > end:
                 break
         torch.cuda.empty_cache()
-        (out / "decode.json").write_text(json.dumps(found, indent=1))
         if time.monotonic() > end:
             break
     (out / "decode.svg").write_text(picture(found))
     _show(found)
-    return 0 if compiled and passed is not False else 1
+    return 0 if compiled and (checked is None or checked.checks.all_passed) else 1
 
 
-def _measure(copy: float, part: str) -> tuple[str, Iterator[Any]]:
-    """A part's table, and its rows as they are measured."""
+def _checked(report: checks.Report | None) -> dict[str, Any]:
+    if report is None:
+        return {"checks": None, "errors": [], "parted": []}
+    return dataclasses.asdict(report)
+
+
+def _measure(copy: float, part: str) -> Iterator[Any]:
+    """A part's rows as they are measured."""
     if part in attention.PARTS:
-        return "attention", attention.measure(copy, part)
+        return attention.measure(copy, part)
     if part == "extend":
-        return "extend", extend.measure()
+        return extend.measure()
     if part == "beside":
-        return "beside", beside.measure()
+        return beside.measure()
     if part == "8B-extend":
-        return "extend_steps", step.measure_extends()
-    return "steps", step.measure(copy, part)
+        return step.measure_extends()
+    if part == "products":
+        return products.measure()
+    return step.measure(copy, part)
 
 
 def _compile(parts: Iterable[str]) -> list[subprocess.Popen[bytes]]:
@@ -96,30 +115,27 @@ def _compile(parts: Iterable[str]) -> list[subprocess.Popen[bytes]]:
     return [subprocess.Popen([sys.executable, "-c", program.format(call)]) for call in calls]
 
 
-def _check(out: Path, expression: str) -> bool:
-    """Whether the GPU tests pass."""
-    workers = max(1, (os.cpu_count() or 1) - 2)
-    # Where pytest-benchmark happens to be installed it warns of parallel tests, and warnings are errors here.
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "gpu"]
-    tests += ["-k", expression, "-n", str(workers), "tests/gpu"]
-    with (out / "checks.log").open("w") as log:
-        return subprocess.run(tests, stdout=log, stderr=subprocess.STDOUT, check=False).returncode == 0
-
-
 def _show(found: dict[str, Any]) -> None:
     print(f"{found['gpu']}, torch {found['torch']}, copy {found['copy_tb_per_s']:.2f} TB/s, {found['provenance']}")
-    print(f"checks passed: {found['checks_passed']}")
+    print(f"compiled: {found['compiled']}, checks: {found['checks']}")
+    print("the largest errors: test, codec, mode, of so many cases: error | bound")
+    for row in found["errors"]:
+        name = " ".join(part for part in (row["test"], row["codec"], row["mode"]) if part)
+        print(f"{name}, of {row['cases']}: {row['error']:.2g} | {row['bound']:.2g}")
+    print("texts that part from the CPU's: mode: how many, the widest gap")
+    for row in found["parted"]:
+        print(f"{row['mode']}: {row['parted']}, {row['widest_gap']:.4f}")
     print("(a) one layer: query heads, codec, sequences x tokens: us, TB/s, of copy | SDPA BF16")
     for row in found["attention"]:
         even = "" if row["balanced"] else " imbalanced"
-        sdpa = "" if row["sdpa_us"] is None else f"{row['sdpa_us']:.1f}"
         print(
             f"{row['group']} {row['page_format']} {row['batch']}x{row['context']}{even}: {row['us']:.1f} "
-            f"{row['tb_per_s']:.2f} {row['of_copy']:.2f} | {sdpa}"
+            f"{row['tb_per_s']:.2f} {row['of_copy']:.2f} | {_time(row['sdpa_us'], 1)}"
         )
     print("one layer on BF16: query heads, sequences x tokens: flex, FlashInfer, us")
     for row in found["beside"]:
-        print(f"{row['group']} {row['batch']}x{row['context']}: {row['flex_us']:.1f} {row['flashinfer_us']}")
+        times = f"{_time(row['flex_us'], 1)} {_time(row['flashinfer_us'], 1)}"
+        print(f"{row['group']} {row['batch']}x{row['context']}: {times}")
     print(
         "an extend: query heads, codec, sequences x tokens, query tokens: read together: us, MB loaded | SDPA BF16, us"
     )
@@ -134,14 +150,27 @@ def _show(found: dict[str, Any]) -> None:
             f"{row['batch']}x{row['context']}, {row['tokens']}: {row['without_ms']:.2f} | "
             f"{row['together_ms']:.2f} {row['each_ms']:.2f}"
         )
+    print("all products of a step, ms: model, rows: the package's kernels, the library")
+    for row in found["products"]:
+        print(f"{row['model']}, {row['rows']}: {_time(row['own_ms'], 2)} {row['library_ms']:.2f}")
+    print("a step with either, ms: model, codec, sequences x tokens: the package's kernels, the library")
+    for row in found["product_steps"]:
+        print(
+            f"{row['model']} {row['page_format']} {row['batch']}x{row['context']}: "
+            f"{row['own_ms']:.2f} {row['library_ms']:.2f}"
+        )
     print("(b) a step, ms: model, codec, sequences x tokens: step | products, attention, rest | floor, vLLM")
     for row in found["steps"]:
         rest = 1 - (row["gemm_ms"] + row["attention_ms"]) / row["ms"]
         print(
             f"{row['model']} {row['page_format']} {row['batch']}x{row['context']}: {row['ms']:.2f} | "
-            f"{row['gemm_ms']:.2f} {row['attention_ms']:.2f} {rest:.0%} | {row['floor_ms']:.2f} {row['vllm_ms']} "
-            f"| KV {row['kv_gb']:.1f} GB"
+            f"{row['gemm_ms']:.2f} {row['attention_ms']:.2f} {rest:.0%} | {row['floor_ms']:.2f} "
+            f"{_time(row['vllm_ms'], 2)} | KV {row['kv_gb']:.1f} GB"
         )
+
+
+def _time(value: float | None, places: int) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.decode.beside import CACHE_BYTES, GROUPS, HEAD_DIM, KV_HEADS, points, sdpa_us
+from bench.decode.beside import CACHE_BYTES, GROUPS, HEAD_DIM, KV_HEADS, points, sdpa_us, unless_refused
 from bench.decode.pages import KINDS, TAIL, imbalanced, random_kv
 from bench.decode.timing import CHAIN, Work, microseconds
 from hma_serve.decode.kernels.attention_call import (
@@ -45,7 +45,7 @@ class AttentionRow:
         us: Microseconds.
         tb_per_s: Bytes of pages over time.
         of_copy: That over the copy bandwidth of the run.
-        sdpa_us: torch's attention on contiguous BF16 of the same tokens; None: not measured.
+        sdpa_us: torch's attention on contiguous BF16 of the same tokens; None: not measured, or it refuses.
     """
 
     group: int
@@ -87,11 +87,11 @@ def fused_us(group: int, page_format: str, contexts: list[int], tokens: int = 1,
 
 
 def measure(copy: float, part: str) -> Iterator[AttentionRow]:
-    """All rows of a part; the largest batch of the longest context is left out."""
+    """All rows of a part."""
     for group, page_format in PARTS[part]:
         for context, batch in points():
             for balanced in (True, False):
-                if balanced or (batch > 1 and part == "attention"):
+                if balanced or batch > 1:
                     yield _row(copy, group, page_format, batch, context, balanced)
 
 
@@ -99,5 +99,6 @@ def _row(copy: float, group: int, page_format: str, batch: int, context: int, ba
     contexts = [context] * batch if balanced else imbalanced(batch, context)
     us, read = fused_us(group, page_format, contexts)
     rate = read / us * 1e6
-    sdpa = sdpa_us(group, batch, context) if balanced and page_format == "tt_bfp8_b" else None
+    beside = balanced and page_format == "tt_bfp8_b"
+    sdpa = unless_refused(lambda: sdpa_us(group, batch, context)) if beside else None
     return AttentionRow(group, page_format, batch, context, balanced, us, rate / 1e12, rate / copy, sdpa)

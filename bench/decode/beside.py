@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice, product
@@ -23,6 +24,9 @@ CACHE_BYTES = 3e8
 CONTEXTS = (1024, 4096, 16384)
 """Tokens of a sequence."""
 
+BATCHES = (1, 8, 32, 128)
+"""Sequences."""
+
 GROUPS = (4, 8, 5)
 """Query heads of a KV head."""
 
@@ -35,21 +39,30 @@ class BesideRow:
         group: Query heads of a KV head.
         batch: Sequences.
         context: Tokens of each.
-        flex_us: flex_attention, compiled for the shape, on contiguous keys and values.
-        flashinfer_us: FlashInfer's batched decode over pages of 16 tokens, on tensor cores; None: it is not there.
+        flex_us: flex_attention, compiled for the shape, on contiguous keys and values; None: it refuses.
+        flashinfer_us: FlashInfer's batched decode over pages of 16 tokens, on tensor cores; None: it refuses or is not
+            there.
     """
 
     group: int
     batch: int
     context: int
-    flex_us: float
+    flex_us: float | None
     flashinfer_us: float | None
 
 
 def points() -> Iterator[tuple[int, int]]:
-    """Contexts and batches; the largest batch of the longest context is left out."""
-    pairs = product(CONTEXTS, (1, 8, 32, 128))
-    return ((context, batch) for context, batch in pairs if batch * context <= 32 * 16384)
+    """Contexts and batches."""
+    return product(CONTEXTS, BATCHES)
+
+
+def unless_refused(time: Callable[[], float | None]) -> float | None:
+    """What it measures; None where another's attention refuses a shape, as the largest have 2^31 elements a tensor."""
+    try:
+        return time()
+    except RuntimeError as refused:
+        print(f"refused: {refused}", file=sys.stderr, flush=True)
+        return None
 
 
 def sdpa_us(group: int, batch: int, context: int, *, tokens: int = 1) -> float:
@@ -134,12 +147,14 @@ def compile_flex(group: int, context: int) -> None:
     """flex_attention for every batch of a context; torch finds it again in another process."""
     for each, batch in points():
         if each == context:
-            flex_us(group, batch, context)
+            unless_refused(partial(flex_us, group, batch, context))
 
 
 def measure() -> Iterator[BesideRow]:
     """Every point and group; SDPA stands beside the kernel's own rows."""
     for group in GROUPS:
         for context, batch in points():
-            flex = flex_us(group, batch, context)
-            yield BesideRow(group, batch, context, flex, flashinfer_us(group, batch, context))
+            flex, flashinfer = (
+                unless_refused(partial(time, group, batch, context)) for time in (flex_us, flashinfer_us)
+            )
+            yield BesideRow(group, batch, context, flex, flashinfer)

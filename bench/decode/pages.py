@@ -8,7 +8,7 @@ import torch
 
 from hma_serve.core.groups import GROUP_TOKENS
 from hma_serve.decode.kernels.attention_call import LayerPages, StepRows, together
-from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, FP8, INTEGER, MXFP8, PackedKind
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, CODED_INTEGER, FP8, INTEGER, MXFP8, PackedKind
 
 TAIL = 17
 """Tokens of each sequence that are BF16."""
@@ -18,9 +18,10 @@ KINDS: dict[str, PackedKind | None] = {
     "int8": INTEGER,
     "fp8_e4m3fn": FP8,
     "mxfp8_e4m3": MXFP8,
+    "nvfp4": CODED_INTEGER,
     "bf16": None,
 }
-"""Formats that differ for the kernel; others are read as one of these."""
+"""One format for each way in which the kernel reads pages: every other format is read as one of these."""
 
 _PATTERN_PAGES = 64
 _UNIT = 16
@@ -30,7 +31,9 @@ def page_bytes(kind: PackedKind | None, head_dim: int) -> int:
     """Of one role and head."""
     if kind is None:
         return 2 * GROUP_TOKENS * head_dim
-    return GROUP_TOKENS * head_dim + (2 * head_dim if kind in (BLOCK_FLOAT, MXFP8) else 4 * GROUP_TOKENS)
+    if kind in (INTEGER, FP8):
+        return GROUP_TOKENS * head_dim + 4 * GROUP_TOKENS
+    return GROUP_TOKENS * head_dim + 2 * head_dim + (_UNIT if kind == CODED_INTEGER else 0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def random_kv(
     units = 2 * total * packed_units + 2 * rows * plain_units
     memory = torch.zeros((layers, kv_heads, units * _UNIT), dtype=torch.uint8, device="cuda")
     packed_end = 2 * total * packed_units * _UNIT
-    pattern = _pattern(kind, head_dim)
+    pattern = random_pages(kind, head_dim, _PATTERN_PAGES, "cuda")
     for layer in memory:
         pages = layer[:, :packed_end].view(kv_heads, 2 * total, -1)
         for start in range(0, 2 * total, _PATTERN_PAGES):
@@ -102,16 +105,22 @@ def random_kv(
     return KvMemory(memory.view(torch.int32), tables, kind, stored if kind else torch.zeros_like(stored), length, read)
 
 
-def _pattern(kind: PackedKind | None, head_dim: int) -> torch.Tensor:
-    """uint8 [pages, page bytes] of random elements under ordinary scales."""
+def random_pages(kind: PackedKind | None, head_dim: int, count: int, device: str) -> torch.Tensor:
+    """uint8 [count, page bytes] of random elements under ordinary scales."""
     size, elements = page_bytes(kind, head_dim), GROUP_TOKENS * head_dim
     if kind is None:
-        return torch.randn(_PATTERN_PAGES, size // 2, device="cuda").bfloat16().view(torch.uint8)
-    pages = torch.randint(0, 256, (_PATTERN_PAGES, size), dtype=torch.uint8, device="cuda")
-    if kind in (BLOCK_FLOAT, MXFP8):
-        pages[:, elements:] = torch.randint(118, 130, (_PATTERN_PAGES, size - elements), device="cuda").byte()
+        return torch.randn(count, size // 2, device=device).bfloat16().view(torch.uint8)
+    pages = torch.randint(0, 256, (count, size), dtype=torch.uint8, device=device)
+    scales = pages[:, elements:]
+    if kind in (INTEGER, FP8):
+        scales.copy_((0.01 * torch.rand(count, GROUP_TOKENS, device=device)).view(torch.uint8))
+    elif kind == CODED_INTEGER:
+        # E4M3 codes of 1/2 to 15/8, and the page's own float32 as often as fills a unit of an address.
+        scales[:, :-_UNIT].random_(0x30, 0x40)
+        whole = 0.01 * torch.rand(count, 1, device=device)
+        scales[:, -_UNIT:] = whole.expand(-1, _UNIT // 4).contiguous().view(torch.uint8)
     else:
-        pages[:, elements:] = (0.01 * torch.rand(_PATTERN_PAGES, GROUP_TOKENS, device="cuda")).view(torch.uint8)
+        scales.random_(118, 130)
     return pages
 
 

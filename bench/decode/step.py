@@ -41,18 +41,22 @@ EXTENDED = ((1, 4096), (8, 4096), (32, 4096), (8, 16384))
 EXTEND_TOKENS = 32
 """The same for steps with an extend, and its query tokens."""
 
-VLLM = {
+VLLM_BF16 = {
     ("4B", 1, 1024): 3.682, ("4B", 1, 4096): 3.784, ("4B", 1, 16384): 4.253, ("4B", 8, 4096): 4.846,
     ("4B", 32, 1024): 5.037, ("4B", 32, 4096): 8.367, ("4B", 128, 1024): 9.257,
-    ("8B", 1, 1024): 5.257, ("8B", 1, 4096): 5.412, ("8B", 8, 4096): 6.406, ("8B", 32, 1024): 6.463,
-    ("8B", 32, 4096): 8.997, ("8B", 32, 16384): 16.935, ("8B", 128, 1024): 10.433, ("8B", 128, 4096): 20.680,
+    ("8B", 1, 1024): 5.2566, ("8B", 1, 4096): 5.4117, ("8B", 8, 4096): 6.5797, ("8B", 32, 1024): 6.6446,
+    ("8B", 32, 4096): 9.8666, ("8B", 32, 16384): 21.6829, ("8B", 128, 1024): 11.669, ("8B", 128, 4096): 23.8328,
     ("14B", 1, 1024): 8.623, ("14B", 1, 4096): 8.819, ("14B", 1, 16384): 9.351, ("14B", 8, 4096): 10.05,
     ("14B", 32, 1024): 10.112, ("14B", 32, 4096): 13.711, ("14B", 128, 1024): 16.888,
     ("32B", 1, 1024): 18.985, ("32B", 1, 4096): 19.193, ("32B", 1, 16384): 19.955, ("32B", 8, 4096): 21.499,
     ("32B", 32, 1024): 21.553, ("32B", 32, 4096): 27.349, ("32B", 128, 1024): 30.798,
 }  # fmt: skip
-"""Milliseconds of vLLM 0.26 on one H200 (2026-11-23, torch 2.11, random weights, CUDA graphs), the better of its BF16
-and FP8 KV where both were measured."""
+VLLM_FP8 = {
+    ("8B", 1, 1024): 5.4314, ("8B", 1, 4096): 5.5085, ("8B", 8, 4096): 6.4063, ("8B", 32, 1024): 6.4628,
+    ("8B", 32, 4096): 8.9965, ("8B", 32, 16384): 16.9352, ("8B", 128, 1024): 10.4332, ("8B", 128, 4096): 20.6799,
+}  # fmt: skip
+"""Milliseconds of vLLM 0.26 on one H200 (2026-11-23, torch 2.11, random weights, CUDA graphs) by model, sequences and
+tokens of each, with BF16 KV and, for the 8B alone, with FP8 KV."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,14 @@ class StepRow:
 
     Attributes:
         model: Which shape.
-        page_format: Of the packed prompts.
+        page_format: Of the packed prompts; `bf16`: they were materialised.
         batch: Sequences.
         context: Packed tokens of each.
         ms: The step: embedding to the likeliest token.
         gemm_ms: Its products alone.
         attention_ms: Its attention alone.
         floor_ms: Weights or operations, and KV, at the copy bandwidth of the run.
-        vllm_ms: On an H200.
+        vllm_ms: On an H200; see `vllm_ms`.
         kv_gb: HBM that the packed KV takes.
     """
 
@@ -146,18 +150,23 @@ def config_of(model: str) -> ModelConfig:
     )
 
 
-def fits(model: str, page_format: str, batch: int, context: int) -> bool:
-    """Whether weights and KV leave 4 GB of this GPU for the rest."""
+def fits(model: str, page_format: str, batch: int, context: int, *, models: int = 1) -> bool:
+    """Whether the weights of so many models and KV leave 4 GB of this GPU for the rest."""
     config = config_of(model)
     per_token = config.kv_bytes_per_token * (0.53125 if KINDS[page_format] else 1.0)
-    needed = 2 * config.parameter_count + batch * (context * per_token + 64 * config.kv_bytes_per_token)
+    needed = 2 * models * config.parameter_count + batch * (context * per_token + 64 * config.kv_bytes_per_token)
     return needed + 4e9 < torch.cuda.get_device_properties(0).total_memory
 
 
+def vllm_ms(model: str, page_format: str, batch: int, context: int) -> float | None:
+    """vLLM's step of the matching KV: BF16 for materialised, the better of what was measured for packed."""
+    tables = (VLLM_BF16,) if page_format == "bf16" else (VLLM_BF16, VLLM_FP8)
+    return min((table[key] for table in tables if (key := (model, batch, context)) in table), default=None)
+
+
 def measure(copy: float, model: str) -> Iterator[StepRow]:
-    """All rows of a model that fit this GPU, and for the 8B those of materialised KV."""
-    formats = ("tt_bfp8_b", "bf16") if model == "8B" else ("tt_bfp8_b",)
-    wanted = [(name, *row) for name in formats for row in ROWS[model] if fits(model, name, *row)]
+    """All rows of a model that fit this GPU, with packed and with materialised KV."""
+    wanted = [(name, *row) for name in ("tt_bfp8_b", "bf16") for row in ROWS[model] if fits(model, name, *row)]
     if not wanted:
         return
     config = config_of(model)
@@ -166,7 +175,7 @@ def measure(copy: float, model: str) -> Iterator[StepRow]:
     for page_format, batch, context in wanted:
         kv = random_kv(KINDS[page_format], [context] * batch, config.num_layers, KV_HEADS, HEAD_DIM)
         if batch not in gemms:
-            gemms[batch] = _products_ms(step, batch)
+            gemms[batch] = products_ms(step, batch)
         whole, attention = _step_ms(step, kv, batch)
         weights = 2 * (
             config.parameter_count - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
@@ -181,7 +190,7 @@ def measure(copy: float, model: str) -> Iterator[StepRow]:
             gemms[batch],
             attention,
             floor * 1e3,
-            VLLM.get((model, batch, context)),
+            vllm_ms(model, page_format, batch, context),
             kv.layers.numel() * 4 / 1e9,
         )
         del kv
@@ -202,10 +211,11 @@ def _step_ms(step: StepModel, kv: KvMemory, batch: int) -> tuple[float, float]:
             work.attend(query, layer, out, scale=HEAD_DIM**-0.5, overlap=True)
 
     with torch.inference_mode():
-        return _whole_ms(step, kv, rows, [work]), microseconds([attention]) / 1e3
+        return whole_ms(step, kv, rows, [work]), microseconds([attention]) / 1e3
 
 
-def _whole_ms(step: StepModel, kv: KvMemory, rows: StepRows, works: list[AttentionWork]) -> float:
+def whole_ms(step: StepModel, kv: KvMemory, rows: StepRows, works: list[AttentionWork]) -> float:
+    """The step, embedding to the likeliest token."""
     count, config = len(rows.slot), step.config
     pages = [kv.pages(layer) for layer in range(config.num_layers)]
     token = torch.randint(0, config.vocab_size, (count,), dtype=torch.int32, device="cuda")
@@ -228,19 +238,19 @@ def measure_extends() -> Iterator[ExtendStepRow]:
     for batch, context in EXTENDED:
         kv = random_kv(KINDS["tt_bfp8_b"], [context] * batch, config.num_layers, KV_HEADS, HEAD_DIM, EXTEND_TOKENS)
         single = kv.rows()
-        without = _whole_ms(step, kv, single, [work_of(group, single)])
+        without = whole_ms(step, kv, single, [work_of(group, single)])
         counts = [*([1] * (batch - 1)), EXTEND_TOKENS]
         each = kv.rows(counts)
-        by_each = _whole_ms(step, kv, each, [work_of(group, each)])
+        by_each = whole_ms(step, kv, each, [work_of(group, each)])
         rows = kv.rows(counts, queries)
         rows.kind[batch - 1 :] = 1
         works = [work_of(group, rows), work_of(group, rows, 1, queries=queries)]
-        yield ExtendStepRow(batch, context, EXTEND_TOKENS, without, _whole_ms(step, kv, rows, works), by_each)
+        yield ExtendStepRow(batch, context, EXTEND_TOKENS, without, whole_ms(step, kv, rows, works), by_each)
         del kv
         torch.cuda.empty_cache()
 
 
-def _products_ms(step: StepModel, batch: int) -> float:
+def products_ms(step: StepModel, batch: int) -> float:
     """All products of a step, one after the other."""
     inputs: dict[int, torch.Tensor] = {}
 
