@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient, TestServer
 
+from hma_serve.core.errors import ERRORS
 from hma_serve.router.http.app import build_app
 from hma_serve.router.http.limits import HttpLimits
+from hma_serve.router.http.openai_errors import HTTP_STATUSES
 from hma_serve.router.pipeline import Pipeline
 from support.fake_workers import FakeDecode, FakePrefill, FakeRegistry, running_pipeline
 
@@ -80,6 +82,7 @@ async def assert_error(
     error = (await response.json())["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["code"], error["param"]) == (code, param), error
+    assert code in ERRORS | HTTP_STATUSES, "docs/errors.md does not list it"
     assert error["message"]
     assert response.headers["X-Request-Id"]
     assert ("Retry-After" in response.headers) == retry

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hma_serve.core.errors import ERRORS
 from hma_serve.router.config import RouterConfig
+from hma_serve.router.http.openai_errors import HTTP_STATUSES
 from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW
 from support.router_stack import JSON, MAX_BODY, Stack, assert_error, running_stack
 
@@ -340,6 +344,13 @@ async def test_wrong_paths_methods_and_types_are_error_objects(stack: Stack) -> 
         await assert_error(response, 415, "unsupported_media_type", None)
     response = await stack.client.post("/v1/completions", data=b"{}", headers=JSON | {"Content-Encoding": "gzip"})
     await assert_error(response, 415, "unsupported_media_type", None)
+
+
+def test_the_documented_codes_of_http_are_those_that_exist() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE)
+    assert rows == [(code, str(status)) for code, status in HTTP_STATUSES.items()]
+    assert not HTTP_STATUSES.keys() & ERRORS.keys()
 
 
 async def test_an_expectation_that_cannot_be_met_is_refused(stack: Stack) -> None:

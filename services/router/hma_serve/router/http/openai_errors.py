@@ -10,6 +10,17 @@ from aiohttp import web
 from hma_serve.core.errors import HmaError
 from hma_serve.router.http.strict_json import dumps
 
+HTTP_STATUSES = {
+    "bad_request": 400,
+    "model_not_found": 404,
+    "unknown_url": 404,
+    "method_not_allowed": 405,
+    "unsupported_media_type": 415,
+    "expectation_failed": 417,
+    "headers_too_large": 431,
+}
+"""The codes that HTTP alone has, beside those of `hma_serve.core.errors`, with their statuses."""
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -20,7 +31,7 @@ _TYPES = {
 }
 
 
-def error_object(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_object(status: int, message: str, *, code: str, param: str | None = None) -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`."""
     default = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": _TYPES.get(status, default), "param": param, "code": code}}
@@ -40,6 +51,12 @@ def error_response(error: HmaError) -> web.Response:
     return json_response(error_of(error), status=error.http_status, headers=headers)
 
 
+def http_refusal(code: str, message: str) -> web.Response:
+    """The response to what is wrong with HTTP itself; `code` is one of `HTTP_STATUSES`."""
+    status = HTTP_STATUSES[code]
+    return json_response(error_object(status, message, code=code), status=status)
+
+
 def http_error_response(error: web.HTTPException) -> web.Response:
     """What aiohttp itself refuses: no such path, wrong method, a body above the limit."""
     codes = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large", 417: "expectation_failed"}
@@ -52,7 +69,9 @@ def http_error_response(error: web.HTTPException) -> web.Response:
     message = messages.get(error.status, error.reason)
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     return json_response(
-        error_object(error.status, message, code=codes.get(error.status)), status=error.status, headers=headers
+        error_object(error.status, message, code=codes.get(error.status, "bad_request")),
+        status=error.status,
+        headers=headers,
     )
 
 

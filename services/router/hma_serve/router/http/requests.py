@@ -12,6 +12,7 @@ from aiohttp import web
 
 from hma_serve.core.errors import DeadlineExceeded, HmaError, InvalidArgument, PayloadTooLarge
 from hma_serve.core.request import Slo
+from hma_serve.router.http.openai_errors import HTTP_STATUSES
 from hma_serve.router.http.strict_json import loads_object
 
 REQUEST_ID = "X-Request-Id"
@@ -25,7 +26,7 @@ class UnsupportedMediaType(HmaError):
 
     code = "unsupported_media_type"
     grpc_status = "INVALID_ARGUMENT"
-    http_status = 415
+    http_status = HTTP_STATUSES[code]
 
 
 class BodyTimeout(DeadlineExceeded):

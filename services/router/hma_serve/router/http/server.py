@@ -17,7 +17,7 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from hma_serve.core.errors import FailedPrecondition
 from hma_serve.router.http.limits import HttpLimits
-from hma_serve.router.http.openai_errors import error_object, http_error_response, json_response
+from hma_serve.router.http.openai_errors import error_object, http_error_response, http_refusal, json_response
 from hma_serve.router.http.requests import REQUEST_ID
 from hma_serve.router.http.strict_json import dumps
 
@@ -131,7 +131,9 @@ class _Connection(web.RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun; nothing can be said any more")
         response = (
-            self._unreadable(exc) if status < 500 else json_response(error_object(500, "internal error"), status=500)
+            self._unreadable(exc)
+            if status < 500
+            else json_response(error_object(500, "internal error", code="internal"), status=500)
         )
         response.headers[REQUEST_ID] = secrets.token_hex(16)
         response.headers["Server"] = "hma-serve"
@@ -146,9 +148,9 @@ class _Connection(web.RequestHandler):
                 f"the head is too large: a line may have {limits.max_header_bytes} bytes, and there may be "
                 f"{limits.max_headers} headers"
             )
-            return json_response(error_object(431, text, code="headers_too_large"), status=431)
+            return http_refusal("headers_too_large", text)
         text = f"this is not a valid HTTP request: {reason}" if reason else "this is not a valid HTTP request"
-        return json_response(error_object(400, text, code="bad_request"), status=400)
+        return http_refusal("bad_request", text)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
