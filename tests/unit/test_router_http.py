@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hma_serve.core.errors import ERRORS
+from hma_serve.core.errors import ERRORS, InvalidArgument
 from hma_serve.router.config import RouterConfig
 from hma_serve.router.http.openai_errors import HTTP_STATUSES
 from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW
@@ -383,11 +383,36 @@ async def test_a_body_that_never_ends_is_given_up(stack: Stack) -> None:
     await assert_error(response, 408, "deadline_exceeded", None)
 
 
+@pytest.mark.parametrize("name", ["x-hma-slo-ttft-ms", "x-llm-d-slo-tpot-ms"])
 @pytest.mark.parametrize("value", ["soon", "-5", "0", "nan", "inf"])
-async def test_an_odd_objective_is_refused(stack: Stack, value: str) -> None:
-    headers = {"x-hma-slo-ttft-ms": value}
-    response = await stack.client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
-    assert response.status == 400
+async def test_an_odd_objective_is_refused_by_its_header_and_in_its_unit(stack: Stack, name: str, value: str) -> None:
+    response = await stack.client.post("/v1/completions", json={"prompt": "a"}, headers={name: value})
+    await assert_error(response, 400, "invalid_argument", name)
+    assert "milliseconds, 0.001 or more" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": None}, "response_format"),
+        ({"response_format": {"type": "text"}, "structured_outputs": {"regex": "(a"}}, "structured_outputs"),
+    ],
+)
+async def test_a_structure_that_decode_refuses_is_named_as_it_was_sent(
+    stack: Stack, body: dict[str, Any], name: str
+) -> None:
+    stack.decode.fail_after, stack.decode.failure = 0, InvalidArgument("it cannot be followed", field="structure")
+    for stream in (False, True):
+        response = await stack.client.post("/v1/completions", json={"prompt": "a", "stream": stream} | body)
+        await assert_error(response, 400, "invalid_argument", name)
+
+
+async def test_newer_names_of_fields_are_refused_by_those_names(stack: Stack) -> None:
+    for field, value in (("max_completion_tokens", 0), ("top_logprobs", 21)):
+        body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, field: value}
+        response = await stack.client.post("/v1/chat/completions", json=body)
+        await assert_error(response, 400, "invalid_argument", field)
 
 
 async def test_models_lists_the_served_model(stack: Stack) -> None:

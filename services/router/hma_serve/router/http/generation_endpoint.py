@@ -24,6 +24,7 @@ from hma_serve.router.http.generation_body import Caller, GenerationBody
 from hma_serve.router.http.limits import HttpLimits
 from hma_serve.router.http.openai_errors import error_of, json_response
 from hma_serve.router.http.requests import read_json_body, request_id_of, slo_of
+from hma_serve.router.http.sent_names import sent_name
 from hma_serve.router.http.strict_json import dumps
 from hma_serve.telemetry.spans import REQUEST
 from hma_serve.telemetry.tracing import Attribute, Span, SpanKind, Trace
@@ -62,9 +63,17 @@ class GenerationEndpoint:
     async def _post(self, request: web.Request, span: Span) -> web.StreamResponse:
         caller = Caller(request_id_of(request), slo_of(request.headers))
         limits = self._limits
-        body = self._read(
-            await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout), caller
-        )
+        sent = await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout)
+        try:
+            return await self._answer_to(request, sent, caller, span)
+        except HmaError as exc:
+            exc.field = sent_name(exc.field, sent)
+            raise
+
+    async def _answer_to(
+        self, request: web.Request, sent: Mapping[str, Any], caller: Caller, span: Span
+    ) -> web.StreamResponse:
+        body = self._read(sent, caller)
         prepared = await self._completions.prepare(
             replace(body.request, trace=span.trace, tenant=self._completions.tenants.read(request.headers.get))
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from hma_serve.core.errors import DeadlineExceeded, HmaError, InvalidArgument, PayloadTooLarge
-from hma_serve.core.request import Slo
+from hma_serve.core.request import MIN_OBJECTIVE_SECONDS, Slo
 from hma_serve.router.http.openai_errors import HTTP_STATUSES
 from hma_serve.router.http.strict_json import loads_object
 
@@ -84,8 +85,16 @@ def _milliseconds(headers: Mapping[str, str], kind: str) -> float | None:
     for vendor in ("hma", "llm-d"):
         name = f"x-{vendor}-slo-{kind}-ms"
         if name in headers:
-            try:
-                return float(headers[name]) / 1000
-            except ValueError:
-                raise InvalidArgument(f"{name} must be a number of milliseconds", field=name) from None
+            return _seconds(headers[name], name)
     return None
+
+
+def _seconds(milliseconds: str, name: str) -> float:
+    try:
+        seconds = float(milliseconds) / 1000
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= MIN_OBJECTIVE_SECONDS):
+        least = MIN_OBJECTIVE_SECONDS * 1000
+        raise InvalidArgument(f"{name} must be a number of milliseconds, {least:g} or more", field=name)
+    return seconds

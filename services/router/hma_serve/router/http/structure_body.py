@@ -31,6 +31,11 @@ def read_structure(body: Mapping[str, Any]) -> Structure | None:
     return next(iter(found.values()), None)
 
 
+def structure_field(body: Mapping[str, Any]) -> str | None:
+    """The field in which a body that was read asks for a structure, None where it asks for none."""
+    return next((name for name, read in _READERS.items() if _read(body, name, read) is not None), None)
+
+
 def _read(body: Mapping[str, Any], name: str, read: Callable[[Any, str], Structure | None]) -> Structure | None:
     value = body.get(name)
     if value is None:
