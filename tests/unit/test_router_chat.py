@@ -98,7 +98,7 @@ async def test_contents_reach_the_template_as_text(stack: Stack) -> None:
     calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     called = {"role": "assistant", "tool_calls": calls}
     assert await rendered(stack, [*HI, called]) == "<user>hi<assistant><assistant>"
-    assert await rendered(stack, [{"role": "user", "content": None}]) == "<user><assistant>"
+    assert await rendered(stack, [*HI, called | {"content": None}]) == "<user>hi<assistant><assistant>"
     assert await rendered(stack, [{"role": "user", "content": []}]) == "<user><assistant>"
 
 
@@ -146,6 +146,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("prompt instead", {"prompt": "hi"}, "messages"),
     ("too many messages", {"messages": HI * (MAX_MESSAGES + 1)}, "messages"),
     ("text message", {"messages": ["hi"]}, "messages[0]"),
+    ("no content", {"messages": [*HI, {"role": "user"}]}, "messages[1].content"),
+    ("null content", {"messages": [{"role": "tool", "content": None}]}, "messages[0].content"),
     ("no role", {"messages": [{"content": "a"}]}, "messages[0].role"),
     ("number role", {"messages": [*HI, {"role": 1, "content": "a"}]}, "messages[1].role"),
     ("unknown role", {"messages": [{"role": "wizard", "content": "a"}]}, "messages[0].role"),
@@ -170,14 +172,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("audio", {"messages": HI, "modalities": ["audio"]}, "modalities"),
     ("number logprobs", {"messages": HI, "logprobs": 1}, "logprobs"),
     ("lone top_logprobs", {"messages": HI, "top_logprobs": 1}, "top_logprobs"),
-    ("huge top_logprobs", {"messages": HI, "logprobs": True, "top_logprobs": 21}, "logprobs"),
+    ("huge top_logprobs", {"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("list of kwargs", {"messages": HI, "chat_template_kwargs": []}, "chat_template_kwargs"),
     ("nested kwargs", {"messages": HI, "chat_template_kwargs": {"a": {}}}, "chat_template_kwargs"),
     ("long kwargs", {"messages": HI, "chat_template_kwargs": {"a": "x" * 1025}}, "chat_template_kwargs"),
     ("odd name", {"messages": HI, "chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs"),
     ("many kwargs", {"messages": HI, "chat_template_kwargs": {f"a{i}": 1 for i in range(33)}}, "chat_template_kwargs"),
     ("messages again", {"messages": HI, "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
-    ("zero tokens", {"messages": HI, "max_completion_tokens": 0}, "max_tokens"),
+    ("zero tokens", {"messages": HI, "max_completion_tokens": 0}, "max_completion_tokens"),
     ("zero n", {"messages": HI, "n": 0}, "n"),
 ]
 

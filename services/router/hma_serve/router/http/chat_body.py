@@ -1,7 +1,7 @@
 """The body of `/v1/chat/completions`.
 
-Message contents reach the template as texts: parts of a content are joined by newlines, an absent content is empty. All
-other fields of a message reach it as they are.
+Message contents reach the template as texts: parts of a content are joined by newlines, the absent content of an
+assistant, which may have called tools instead, is empty. All other fields of a message reach it as they are.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def _message(message: object, where: str) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if calls is not None and not _are_objects(calls):
         raise InvalidArgument(f"{where}.tool_calls must be a list of objects", field=f"{where}.tool_calls")
-    return {**message, "content": _content(message.get("content"), f"{where}.content")}
+    content = message.get("content")
+    if content is None and role == "assistant":
+        content = ""
+    return {**message, "content": _content(content, f"{where}.content")}
 
 
 def _content(content: object, where: str) -> str:
-    if content is None:
-        return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
