@@ -7,6 +7,7 @@ import datetime
 import shutil
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from hma_serve.registry import Tls as EtcdTls
 from hma_serve.registry import Watcher, open_store
 from hma_serve.rpc import CA_FILE, CERTIFICATE_FILE, KEY_FILE, SERVICE_NAME, ChannelCache, GrpcServer, TlsConfig
 from hma_serve.worker import etcd_tls
-from support.cluster import Cluster, running_cluster
+from support.cluster import Cluster, command, environment, running_cluster
 from support.etcd_server import EtcdServer
 
 
@@ -84,6 +85,13 @@ def test_a_request_becomes_tokens_over_encrypted_links(cluster: Cluster, directo
     with sdk(cluster, files(directory)) as client:
         result = client.generate("The sea was calm and the captain slept. " * 20, max_tokens=4).result()
     assert len(result.token_ids) == 4
+
+
+def test_top_without_certificates_says_so_in_one_line(cluster: Cluster) -> None:
+    asked = command("top", "--etcd", f"https://{ports(cluster)['etcd']}", "--once")
+    result = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment(), timeout=30)
+    assert result.returncode == 1
+    assert result.stderr == "hma-serve top: the registry did not answer within 5 s; check --etcd and --tls-dir\n"
 
 
 def test_a_prompt_over_http_still_goes_through_prefill(cluster: Cluster) -> None:

@@ -16,6 +16,7 @@ from support.worker_records import a_worker
 
 ROUTER = """
 hma_router_running_requests {running}
+hma_router_waiting_requests {waiting}
 hma_router_requests_total{{outcome="ok"}} {ok}
 hma_router_requests_total{{outcome="unavailable"}} {bad}
 hma_router_slo_total{{objective="all",outcome="attained"}} {attained}
@@ -24,8 +25,8 @@ hma_router_slo_total{{objective="ttft",outcome="missed"}} {missed}
 hma_router_time_to_first_token_seconds_count {count}
 hma_router_time_to_first_token_seconds_sum {total}
 """
-FIRST = ROUTER.format(running=1, ok=10, bad=0, attained=9, missed=1, count=10, total=1.0)
-THEN = ROUTER.format(running=7, ok=28, bad=2, attained=24, missed=6, count=30, total=5.0)
+FIRST = ROUTER.format(running=1, waiting=0, ok=10, bad=0, attained=9, missed=1, count=10, total=1.0)
+THEN = ROUTER.format(running=7, waiting=3, ok=28, bad=2, attained=24, missed=6, count=30, total=5.0)
 
 
 def pair(before: str | None, now: str, seconds: float = 10.0) -> Pair:
@@ -69,7 +70,7 @@ def test_the_screen_shows_load_occupancy_and_objectives() -> None:
     text = "\n".join(lines)
     assert lines[0].startswith("hma-serve  10:00:00   1 router, 1 prefill, 1 decode")
     router = next(line for line in lines if line.startswith("http://r:8000"))
-    assert router.split()[1:] == ["7", "0", "2.0", "0", "200.0", "-", "75%", "0.0", "0", "0"]
+    assert router.split()[1:] == ["4", "3", "2.0", "0", "200.0", "-", "75%", "0.0", "0", "0"]
     decode = next(line for line in lines if line.startswith("decode-1"))
     assert "H100" in decode
     assert "3.00" in decode

@@ -50,8 +50,8 @@ def typed_error(failure: grpc.RpcError, *, address: str, timeout: float | None) 
     status, text = failed.code().name, failed.details() or failed.code().name
     kind = _BY_STATUS.get(status, Internal)
     if kind is DeadlineExceeded:
-        within = "in time" if timeout is None else f"within {timeout:g} seconds"
-        return DeadlineExceeded(f"the answer was not complete {within}; raise the timeout", field="timeout")
+        within = "in time" if timeout is None else f"within the timeout of {timeout:g} seconds"
+        return DeadlineExceeded(f"the answer was not complete {within}", field="timeout")
     if kind is Unavailable:
         return Unavailable(f"no connection to {address}: {text}", field="address")
     if kind is Cancelled and any(sign in text for sign in _OURS):

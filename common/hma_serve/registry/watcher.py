@@ -290,4 +290,4 @@ def _read(entry: Entry) -> WorkerInfo | None:
 
 
 def _not_listed(timeout: float) -> Unavailable:
-    return Unavailable(f"the registry did not answer within {timeout:g} s; check --etcd")
+    return Unavailable(f"the registry did not answer within {timeout:g} s; check --etcd and --tls-dir")

@@ -7,6 +7,7 @@ that role's command, and `hma-serve --help` answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ COMMANDS = {
 
 USAGE_ERROR = 2
 
+_SERVICES = frozenset({"router", "prefill", "decode"})
+
 
 def usage() -> str:
     """The text of `hma-serve --help`."""
@@ -78,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"hma-serve: there is no command {name!r}; `hma-serve --help` lists them", file=sys.stderr)
         return USAGE_ERROR
+    if name not in _SERVICES:
+        # gRPC's chatter about connections is for a service's log, not for a terminal; it reads this when imported.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         module = importlib.import_module(command.module)
     except KeyboardInterrupt:

@@ -66,7 +66,11 @@ def _headline(seen: Seen) -> str:
 
 
 _ROUTER = (
-    _Column("running", lambda p: _count(p.value("hma_router_running_requests"))),
+    # The router's running requests include those that wait; each of a request's completions waits for itself.
+    _Column(
+        "running",
+        lambda p: _count(max(0.0, p.value("hma_router_running_requests") - p.value("hma_router_waiting_requests"))),
+    ),
     _Column("waiting", lambda p: _count(p.value("hma_router_waiting_requests"))),
     _Column("req/s", lambda p: f"{p.rate('hma_router_requests_total'):.1f}"),
     _Column("tokens/s", lambda p: _count(p.rate("hma_router_generated_tokens_total"))),

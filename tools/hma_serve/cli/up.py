@@ -13,7 +13,6 @@ import errno
 import fcntl
 import http.client
 import json
-import os
 import shutil
 import signal
 import socket
@@ -437,8 +436,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, on_signal)
-    # gRPC's own connection chatter is no news for someone who starts a cluster.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         serve(config, stop, urgent)
     except BrokenPipeError:
