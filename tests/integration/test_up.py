@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hma_serve.cli import up
 from support.cluster import command, environment, free_port, running_cluster, survivors
 
 
@@ -42,7 +43,7 @@ def test_a_killed_up_takes_its_processes_along(tmp_path: Path) -> None:
 
 def test_a_reader_that_has_enough_ends_the_cluster_without_a_trace(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command("up", "--http-port", "0", "--grpc-port", "0"),
+        command("up", "--http-port", "0", "--grpc-port", "0", "--etcd-port", "0"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment() | {"TMPDIR": str(tmp_path)},
@@ -67,14 +68,22 @@ def test_a_child_that_dies_ends_the_cluster_with_a_sentence(tmp_path: Path) -> N
     assert "decode-0 was ended by SIGKILL" in cluster.output
 
 
-@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port"])
+@pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--etcd-port"])
 def test_a_taken_port_is_named(flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        other = "--grpc-port" if flag == "--http-port" else "--http-port"
-        result = run_up(flag, port, other, str(free_port()))
+        ports = {"--http-port": str(free_port()), "--grpc-port": str(free_port()), "--etcd-port": "0", flag: port}
+        result = run_up(*(part for pair in ports.items() for part in pair))
     assert result.returncode == 1
     assert result.stderr.strip() == f"hma-serve up: port {port} on 127.0.0.1 is taken; choose another with {flag}"
+
+
+def test_etcd_listens_where_everybody_expects_it_unless_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(up, "ETCD_PORT", port := taken.getsockname()[1])
+        assert up.parse_config([]).etcd_port == 0
+    assert up.parse_config([]).etcd_port == port
+    assert up.parse_config(["--etcd-port", "4001"]).etcd_port == 4001
 
 
 @pytest.mark.parametrize("host", ["nosuch.invalid", "192.0.2.1"])
@@ -117,7 +126,9 @@ def test_an_etcd_that_does_not_answer_is_named() -> None:
     assert "--etcd" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--decode", "0"), ("--prefill", "65"), ("--http-port", "65536")])
+@pytest.mark.parametrize(
+    "arguments", [("--decode", "0"), ("--prefill", "65"), ("--http-port", "65536"), ("--etcd-port", "-1")]
+)
 def test_numbers_out_of_range_are_named(arguments: tuple[str, str]) -> None:
     result = run_up(*arguments)
     assert result.returncode == 1

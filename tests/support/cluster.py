@@ -120,7 +120,8 @@ def environment() -> dict[str, str]:
 def running_cluster(directory: Path, *arguments: str) -> Iterator[Cluster]:
     """Starts `hma-serve up ARGUMENTS` and yields it when it serves; ends it afterwards, whatever happened."""
     http_port, grpc_port = free_port(), free_port()
-    ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--data-dir", str(directory)]
+    ports = ["--http-port", str(http_port), "--grpc-port", str(grpc_port), "--etcd-port", "0"]
+    ports += ["--data-dir", str(directory)]
     # Where a short prompt is computed depends on measured times, and what a quantising profile gives on where.
     ports.append("--router-arg=--local-prefill-tokens=0")
     process = subprocess.Popen(

@@ -39,6 +39,7 @@ SAMPLE_PROMPT = "It was a dark and stormy night, and the old house"
 SAMPLE_TOKENS = 48
 SAMPLE_SEED = 7
 MAX_WORKERS = 64
+ETCD_PORT = 2379
 MAX_SECONDS = 86_400
 
 _POLL_SECONDS = 0.1
@@ -60,6 +61,7 @@ class UpConfig:
         http_port: The router's HTTP port; 0 takes a free one.
         grpc_port: The router's gRPC port; 0 takes a free one.
         etcd: URLs of a running etcd; None starts one.
+        etcd_port: Client port of the one that is started; 0 takes a free one.
         data_dir: Keeps etcd's data and the logs; None uses a temporary directory.
         tls_dir: Certificates for mutual TLS between all parts; None: no encryption.
         log_format: Of the children's logs.
@@ -79,6 +81,7 @@ class UpConfig:
     http_port: int
     grpc_port: int
     etcd: str | None
+    etcd_port: int
     data_dir: Path | None
     tls_dir: Path | None
     log_format: str
@@ -108,6 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--http-port", type=int, default=8000, help="the router's HTTP port; 0: any (default: 8000)")
     parser.add_argument("--grpc-port", type=int, default=50051, help="the router's gRPC port; 0: any (default: 50051)")
     parser.add_argument("--etcd", metavar="URL[,URL]", help="use this etcd instead of starting one")
+    parser.add_argument(
+        "--etcd-port",
+        type=int,
+        help=f"the started etcd's port; 0: any (default: {ETCD_PORT}, or any where that is taken)",
+    )
     parser.add_argument("--data-dir", type=Path, help="keep etcd's data and the logs here (default: a temporary one)")
     add_tls_argument(parser)
     parser.add_argument("--log-format", choices=("human", "json"), default="human")
@@ -133,7 +141,8 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
     for flag, count, least in (("--prefill", args.prefill, 0), ("--decode", args.decode, 1)):
         if not least <= count <= MAX_WORKERS:
             raise InvalidArgument(f"{flag} must be between {least} and {MAX_WORKERS}, not {count}", field=flag)
-    for flag, port in (("--http-port", args.http_port), ("--grpc-port", args.grpc_port)):
+    ports = (("--http-port", args.http_port), ("--grpc-port", args.grpc_port), ("--etcd-port", args.etcd_port or 0))
+    for flag, port in ports:
         if not 0 <= port <= 65535:
             raise InvalidArgument(f"{flag} must be between 0 and 65535, not {port}", field=flag)
     if args.http_port and args.http_port == args.grpc_port:
@@ -151,6 +160,7 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
         http_port=args.http_port or free_port(args.host),
         grpc_port=args.grpc_port or free_port(args.host),
         etcd=args.etcd,
+        etcd_port=_etcd_port() if args.etcd_port is None else args.etcd_port,
         data_dir=args.data_dir,
         tls_dir=args.tls_dir,
         log_format=args.log_format,
@@ -160,6 +170,15 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
         decode_arguments=tuple(args.decode_arg),
         router_arguments=tuple(args.router_arg),
     )
+
+
+def _etcd_port() -> int:
+    """The one that everybody expects, or any."""
+    try:
+        check_port("127.0.0.1", ETCD_PORT, "--etcd-port")
+    except FailedPrecondition:
+        return 0
+    return ETCD_PORT
 
 
 def free_port(host: str) -> int:
@@ -172,7 +191,7 @@ def free_port(host: str) -> int:
 
 
 def check_port(host: str, port: int, flag: str) -> None:
-    """Raises FailedPrecondition when the router could not listen there, before anything is started."""
+    """Raises FailedPrecondition when nothing could listen there, before anything is started."""
     try:
         socket.create_server((host, port)).close()
     except OSError as exc:
@@ -224,19 +243,20 @@ def claimed(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def registry(chosen: str | None, directory: Path, tls: Tls | None) -> Iterator[Registry]:
+def registry(config: UpConfig, directory: Path, tls: Tls | None) -> Iterator[Registry]:
     """The chosen etcd, checked; or one that lives as long as the context."""
-    if chosen is not None:
-        store = open_store(chosen, tls)
+    if config.etcd is not None:
+        store = open_store(config.etcd, tls)
         try:
             store.check(timeout=5.0)
         finally:
             store.close()
-        yield Registry(chosen, tls, None)
+        yield Registry(config.etcd, tls, None)
         return
     launcher = [sys.executable, "-m", "hma_serve.cli.tethered"]
     log_path = directory / "logs" / "etcd.log"
-    with LocalEtcd(directory / "etcd", log_path=log_path, tls=tls, launcher=launcher) as etcd:
+    port = config.etcd_port
+    with LocalEtcd(directory / "etcd", client_port=port, log_path=log_path, tls=tls, launcher=launcher) as etcd:
         yield Registry(etcd.url, tls, etcd)
 
 
@@ -386,7 +406,7 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
         children = Children(directory / "logs")
         print(f"starting {config.decode} decode, {config.prefill} prefill ({config.prefill_profile}) and a router ...")
         tls = None if config.tls_dir is None else etcd_tls(TlsConfig.in_directory(config.tls_dir))
-        with registry(config.etcd, directory, tls) as etcd:
+        with registry(config, directory, tls) as etcd:
             try:
                 start_services(config, children, etcd.urls)
                 workers = wait_ready(config, children, etcd, stop)
@@ -429,6 +449,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(sys.argv[1:] if argv is None else argv)
     check_port(config.host, config.http_port, "--http-port")
     check_port(config.host, config.grpc_port, "--grpc-port")
+    if config.etcd is None:
+        check_port("127.0.0.1", config.etcd_port, "--etcd-port")
     stop, urgent = threading.Event(), threading.Event()
 
     def on_signal(_number: int, _frame: object) -> None:
