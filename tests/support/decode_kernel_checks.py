@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -226,10 +227,8 @@ def product_error(rows: int, outputs: int, width: int, *, ptx: bool) -> float:
         x, matrix = x.bfloat16(), matrix.bfloat16()
     expected = x.double() @ matrix.double().T
     multiply = matvec if rows == 1 else skinny
-    # So that what is not written is no answer of an earlier call.
-    torch.full((8, rows, outputs), torch.nan, device=DEVICE)
-    with _no_device() if not ON_GPU else nullcontext():
-        found = multiply(x.to(DEVICE), matrix.to(DEVICE), pdl=ptx).cpu().double()
+    with _poisoned_memory(), _no_device() if not ON_GPU else nullcontext():
+        found = multiply(x.to(DEVICE), matrix.to(DEVICE), ptx=ptx).cpu().double()
     found = found.view(-1, rows, outputs).sum(0)
     return float((found - expected).norm() / expected.norm())
 
@@ -329,6 +328,18 @@ class _EagerRunner(GpuStepRunner):
         self._inputs.copy_(self._written(shares, kinds, count))
         run, _ = self._kernels(count, kinds, extends=True)
         return run()[0][: len(shares)]
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """What a kernel is given to write to holds NaN."""
+    new = torch.Tensor.new_empty
+
+    def poisoned(like: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return new(like, *args, **options).fill_(torch.nan)
+
+    with patch.object(torch.Tensor, "new_empty", poisoned):
+        yield
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def norm_error(rows: int, width: int, parts: int, *, ptx: bool) -> float:
     gain, out, residual = _gain(width), _poisoned(rows, width), hidden.clone().to(DEVICE)
     residual_norm[(rows,)](
         residual, delta, gain.to(DEVICE), out, _EPS,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), PARTS=parts, PDL=ptx, num_warps=8,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), PARTS=parts, PTX=ptx, num_warps=8,
     )  # fmt: skip
     total = hidden.double() + (added if parts else 0)
     normed = total * torch.rsqrt((total**2).mean(-1, keepdim=True) + _EPS) * gain.double()
@@ -66,7 +66,7 @@ def gate_error(rows: int, width: int, parts: int, *, ptx: bool) -> float:
     """Of `gate`."""
     up, added = _product(parts, rows, 2 * width, 3)
     out = _poisoned(rows, width)
-    gate[(rows, triton.cdiv(width, 1024))](up, out, WIDTH=width, BLOCK=1024, PARTS=parts, PDL=ptx)
+    gate[(rows, triton.cdiv(width, 1024))](up, out, WIDTH=width, BLOCK=1024, PARTS=parts, PTX=ptx)
     first, second = added.chunk(2, -1)
     return _error(out, torch.nn.functional.silu(first) * second)
 

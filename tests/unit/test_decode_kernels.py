@@ -34,9 +34,10 @@ def test_kernels_agree_with_float64_and_with_the_model(program: list[str]) -> No
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vendor", ["nvidia", "amd"])
+def test_kernels_compile_for_a_gpu_that_is_not_here(vendor: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TESTS)}
-    command = [sys.executable, "-m", "support.decode_kernel_compilation"]
+    command = [sys.executable, "-m", "support.decode_kernel_compilation", vendor]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

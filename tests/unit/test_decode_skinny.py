@@ -33,4 +33,4 @@ def test_products_of_8b_on_an_h200(outputs: int, width: int, slices: int) -> Non
 
 def test_more_rows_than_its_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="33 rows are more than 32"):
-        skinny(torch.zeros(33, 8), torch.zeros(4, 8), pdl=False)
+        skinny(torch.zeros(33, 8), torch.zeros(4, 8), ptx=False)

@@ -60,7 +60,8 @@ def open_cuda(spec: EngineSpec, slots: memoryview) -> EngineParts:
     pin(slots)
     with open_weights(spec.checkpoint, config, device=device, dtype=torch.bfloat16, progress=spec.progress) as weights:
         offsets = None if spec.k_offsets is None else spec.k_offsets.to(device)
-        model = StepModel(config, weights, offsets, ptx=torch.version.hip is None)
+        ptx = torch.version.hip is None
+        model = StepModel(config, weights, offsets, ptx=ptx, own_products=ptx)
     pool = PagePool(
         KvGeometry(config.num_layers, config.num_kv_heads, config.head_dim),
         packed_formats=[name for name in spec.codecs if packed_kind(name) is not None],
@@ -136,14 +137,16 @@ class CudaIntake:
             return addresses.pin_memory().to(self._device, non_blocking=True)
 
     def warm_up(self, codecs: Sequence[str]) -> None:
-        """Compiles what stores blocks in these codecs, by storing one into pages that nobody has yet."""
-        heads = self._pool.geometry.kv_heads
+        """Compiles what stores blocks in these codecs, by storing one of each into pages that nobody has yet."""
+        heads, head_dim = self._pool.geometry.kv_heads, self._pool.geometry.head_dim
         addresses = self.placed(torch.zeros(1, dtype=torch.int64))
         for name in codecs:
-            units = torch.zeros(heads, 1, codec(name).group_bytes(self._pool.geometry.head_dim), dtype=torch.uint8)
-            for role in Role:
-                packed = Packed(name, name, KV_ROPE_PAIRING_HALF_SPLIT, GROUP_TOKENS)
-                self.store(packed, role, 0, addresses, slice(0, heads), units)
+            packed = Packed(name, name, KV_ROPE_PAIRING_HALF_SPLIT, GROUP_TOKENS)
+            if self._of(packed) is self._fused:
+                units = torch.zeros(heads, 1, codec(name).group_bytes(head_dim), dtype=torch.uint8)
+                for role in Role:
+                    self.store(packed, role, 0, addresses, slice(0, heads), units)
+        self.settle()
         torch.cuda.synchronize(self._device)
 
     def settle(self) -> None:

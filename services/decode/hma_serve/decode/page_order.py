@@ -13,10 +13,11 @@ A pool takes one `PageOrders`; `page_order` is the one of readers that want the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -31,7 +32,7 @@ class Role(Enum):
     V = "v"
 
 
-class PageOrder(Protocol):
+class PageOrder(ABC):
     """How one codec's units of one role lie in pages.
 
     Attributes:
@@ -40,10 +41,11 @@ class PageOrder(Protocol):
     """
 
     @property
+    @abstractmethod
     def page_bytes(self) -> int:
         """See the class."""
-        ...
 
+    @abstractmethod
     def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
         """Brings units into the page's order.
 
@@ -53,11 +55,10 @@ class PageOrder(Protocol):
         Returns:
             uint8 [..., page_bytes], on the same device; may be `wire` itself.
         """
-        ...
 
+    @abstractmethod
     def restore(self, pages: torch.Tensor, /) -> torch.Tensor:
         """The inverse of `arrange`: uint8 [..., page_bytes] to [..., group_bytes]."""
-        ...
 
     def place(self, units: torch.Tensor, pages: torch.Tensor, addresses: torch.Tensor, heads: slice) -> None:
         """Arranges units and puts them where they belong.
@@ -80,10 +81,15 @@ class WireOrder(PageOrder):
     """Pages as they came.
 
     Attributes:
-        page_bytes: The unit's bytes.
+        unit_bytes: Of a unit on the wire.
     """
 
-    page_bytes: int
+    unit_bytes: int
+
+    @property
+    def page_bytes(self) -> int:
+        """The unit's."""
+        return self.unit_bytes
 
     def arrange(self, wire: torch.Tensor, /) -> torch.Tensor:
         """Nothing to do."""

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from hma_serve.core.groups import GROUP_TOKENS
+from hma_serve.decode.kernels.launch import nvidia
 from hma_serve.decode.kernels.page_kinds import PackedKind
 from hma_serve.decode.kernels.page_sharing import merge, number_pages
 from hma_serve.decode.kernels.paged_decode import attend
@@ -241,8 +242,7 @@ class AttentionWork:
             PTX=ptx,
             num_warps=1,
             num_stages=1,
-            maxnreg=_REGISTERS[shape.tiles],
-            launch_pdl=overlap,
+            **nvidia(ptx, early=overlap, registers=_REGISTERS[shape.tiles]),
         )
         pairs = shape.rows * shape.kv_heads
         _, channels, parts, warps = next(each for each in _MERGES if pairs <= each[0])
@@ -261,7 +261,7 @@ class AttentionWork:
             CHANNELS=channels,
             PTX=ptx,
             num_warps=warps,
-            launch_pdl=overlap,
+            **nvidia(ptx, early=overlap),
         )
 
 

@@ -6,7 +6,7 @@ nowhere, at most 5e-3 (relative L2, asserted over the shapes of Qwen3); the embe
 
 What is read of a product may come in parts, [parts, rows, channels] (`skinny`); they are added where they are read.
 
-With PDL a kernel is launched while the one before still runs, and waits for it where it first needs its result.
+As PTX a kernel is launched while the one before still runs, and waits for it where it first needs its result.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def residual_norm(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,  # of DELTA; 0: there is none
-    PDL: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """HIDDEN += DELTA if there is one, then OUT = GAIN * HIDDEN / rms(HIDDEN); a row a program."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     gain = tl.load(GAIN + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
+    if PTX:
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(HIDDEN + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
@@ -69,9 +69,9 @@ def residual_norm(
 
 
 @triton.jit
-def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
     """silu(first half) * second half of a row of a product."""
-    if PDL:
+    if PTX:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)

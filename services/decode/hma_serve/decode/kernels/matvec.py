@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hma_serve.decode.kernels.launch import nvidia
+
 _ELEMENTS = 8192
 """Of the matrix that a program has under way: 16 KB."""
 _PROGRAMS = 768
@@ -19,14 +21,14 @@ _PROGRAMS = 768
 
 
 @triton.jit
-def _matvec(MATRIX, X, OUT, outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _matvec(MATRIX, X, OUT, outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     matrix = MATRIX + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     there = (row < outputs)[:, None]
     # The matrix does not change, so its first part may come before the vector is there.
     ahead = tl.load(matrix, mask=there & (column < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
-    if PDL:
+    if PTX:
         gdc_launch_dependents()
         gdc_wait()
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -41,19 +43,19 @@ def _matvec(MATRIX, X, OUT, outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, BL
     tl.store(OUT + row, tl.sum(sums, 1).to(OUT.dtype.element_ty), mask=row < outputs)
 
 
-def matvec(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+def matvec(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool) -> torch.Tensor:
     """X [1, inputs] times matrix [outputs, inputs], transposed: [1, outputs]; sums in float32.
 
     Args:
         x: bfloat16.
         matrix: bfloat16, contiguous.
-        pdl: Launch while the kernel before still runs.
+        ptx: Launch while the kernel before still runs; False: plain Triton.
     """
     outputs, width = matrix.shape
     out = x.new_empty((1, outputs))
     rows = min(16, max(2, triton.next_power_of_2(outputs // _PROGRAMS + 1) // 2))
     block = min(_ELEMENTS // rows, triton.next_power_of_2(width))
     _matvec[(triton.cdiv(outputs, rows),)](
-        matrix, x, out, outputs, WIDTH=width, ROWS=rows, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl
+        matrix, x, out, outputs, WIDTH=width, ROWS=rows, BLOCK=block, PTX=ptx, num_warps=4, **nvidia(ptx)
     )
     return out

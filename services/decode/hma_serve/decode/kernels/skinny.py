@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hma_serve.decode.kernels.launch import nvidia
 from hma_serve.decode.kernels.warp import to_l2
 
 MOST_ROWS: Final = 32
@@ -117,14 +118,14 @@ def _cut(outputs: int, width: int, processors: int, most: int) -> _Cut:
     return _Cut(-(-steps // depth), depth * _DEPTH, stages)
 
 
-def skinny(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool, most_parts: int = _MOST_PARTS) -> torch.Tensor:
+def skinny(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool, whole: bool = False) -> torch.Tensor:
     """X [rows, inputs] times matrix [outputs, inputs], transposed, in parts that are to be added.
 
     Args:
         x: bfloat16, at most `MOST_ROWS` rows.
         matrix: bfloat16, contiguous.
-        pdl: Launch while the kernel before still runs.
-        most_parts: How many there may be.
+        ptx: False runs the twin in plain Triton, in float32: for the interpreter.
+        whole: In one part.
 
     Returns:
         [parts, rows, outputs]: float32, or, if it is one part, the dtype of X.
@@ -136,7 +137,7 @@ def skinny(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool, most_parts: int 
     if rows > MOST_ROWS:
         raise ValueError(f"{rows} rows are more than {MOST_ROWS}")
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    cut = _cut(outputs, width, processors, most_parts)
+    cut = _cut(outputs, width, processors, 1 if whole else _MOST_PARTS)
     out = x.new_empty((cut.slices, rows, outputs), dtype=torch.float32 if cut.slices > 1 else x.dtype)
     last = width - (cut.slices - 1) * cut.width
     _skinny[(triton.cdiv(outputs, _OUTPUTS), cut.slices)](
@@ -152,8 +153,8 @@ def skinny(x: torch.Tensor, matrix: torch.Tensor, *, pdl: bool, most_parts: int 
         ROWS=MOST_ROWS,
         STAGES=cut.stages,
         AHEAD=min(_AHEAD_BYTES, 2 * last) if width % 8 == 0 else 0,
-        PTX=pdl,
+        PTX=ptx,
         num_warps=4,
-        launch_pdl=pdl,
+        **nvidia(ptx),
     )
     return out

@@ -1,7 +1,7 @@
 """One decode step of a model as a fixed sequence of kernels, so that it can be captured once and replayed.
 
-Products of more than a few rows go to cuBLAS, everything else to the kernels of this package. Nothing here allocates
-while a step runs and nothing depends on lengths: those are in device memory.
+Products of more than `MOST_ROWS` rows go to cuBLAS, everything else to the kernels of this package. Nothing here
+allocates while a step runs and nothing depends on lengths: those are in device memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional
 from hma_serve.core.model_config import ModelConfig
 from hma_serve.decode.kernels.attention_call import AttentionWork, LayerPages, QueryOperand, StepRows
 from hma_serve.decode.kernels.elementwise import embed, gate, project, residual_norm
+from hma_serve.decode.kernels.launch import nvidia
 from hma_serve.decode.kernels.matvec import matvec
 from hma_serve.decode.kernels.skinny import MOST_ROWS, skinny
 from hma_serve.model.rotary import rotary_table
@@ -60,7 +61,7 @@ class StepModel:
         config: The model's.
         weights: Tensors by their Hugging Face names, bfloat16 on the device; each is asked for once.
         k_offsets: What packed keys have been moved by, float32 [layers, kv_heads, head_dim]; None: nothing.
-        ptx: False runs the attention's twin in plain Triton.
+        ptx: False runs twins in plain Triton: for the interpreter and for other vendors' GPUs.
         own_products: Multiply few rows by kernels of this package, not by cuBLAS.
     """
 
@@ -103,9 +104,9 @@ class StepModel:
             [parts, rows, outputs]: float32, or, if it is one part, the dtype of X.
         """
         if len(x) == 1 and self._own_products:
-            return matvec(x, matrix, pdl=self._ptx)[None]
+            return matvec(x, matrix, ptx=self._ptx)[None]
         if len(x) <= MOST_ROWS and self._own_products:
-            return skinny(x, matrix, pdl=self._ptx, **({"most_parts": 1} if whole else {}))
+            return skinny(x, matrix, ptx=self._ptx, whole=whole)
         if self._ptx:
             # It chooses better kernels than cuBLAS itself.
             torch.backends.cuda.preferred_blas_library("cublaslt")
@@ -153,9 +154,9 @@ class StepModel:
             WIDTH=width,
             BLOCK=triton.next_power_of_2(width),
             PARTS=0 if delta is None else len(delta),
-            PDL=self._ptx,
+            PTX=self._ptx,
             num_warps=8 if width > 2048 else 4,
-            launch_pdl=self._ptx,
+            **nvidia(self._ptx),
         )
         return out
 
@@ -163,7 +164,7 @@ class StepModel:
         (parts, rows, _), width = up.shape, self.config.intermediate_size
         out = self._embedding.new_empty((rows, width))
         gate[(rows, triton.cdiv(width, _BLOCK))](
-            up, out, WIDTH=width, BLOCK=_BLOCK, PARTS=parts, PDL=self._ptx, launch_pdl=self._ptx
+            up, out, WIDTH=width, BLOCK=_BLOCK, PARTS=parts, PTX=self._ptx, **nvidia(self._ptx)
         )
         return out
 
