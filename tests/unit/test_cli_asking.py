@@ -42,6 +42,17 @@ def test_an_error_is_one_sentence_and_a_status(error: HmaError, sentence: str, s
     assert asking.exit_status(error) == status
 
 
+def test_a_missing_package_names_the_extra_and_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "lost", Command("no_such_package", "router", "not here"))
+    assert hma_serve(["lost"]) == 1
+    assert capsys.readouterr().err == (
+        "hma-serve lost: the package 'no_such_package' is missing; install hma-serve with its extra 'router' "
+        "(in a clone: pip install '.[router]')\n"
+    )
+
+
 def test_the_history_lives_below_the_state_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert history_path() == tmp_path / "hma-serve" / "chat_history"

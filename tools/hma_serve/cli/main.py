@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (exc.name or "").startswith("hma_serve."):
             raise
         print(
-            f"hma-serve {name}: the package {exc.name!r} is missing; install hma-serve[{command.extra}]",
+            f"hma-serve {name}: the package {exc.name!r} is missing; install hma-serve with its extra "
+            f"{command.extra!r} (in a clone: pip install '.[{command.extra}]')",
             file=sys.stderr,
         )
         return 1
