@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -133,6 +134,19 @@ def test_numbers_out_of_range_are_named(arguments: tuple[str, str]) -> None:
     result = run_up(*arguments)
     assert result.returncode == 1
     assert arguments[0] in result.stderr
+
+
+def test_a_second_ctrl_c_ends_streams_with_an_error_at_once(tmp_path: Path) -> None:
+    with running_cluster(tmp_path, "--drain-grace", "100") as cluster, httpx.Client(timeout=60) as client:
+        body = {"prompt": "It was", "ignore_eos": True, "stream": True, "max_tokens": 4000}
+        request = client.build_request("POST", f"{cluster.url}/v1/completions", json=body)
+        endless = client.send(request, stream=True)
+        cluster.process.send_signal(signal.SIGINT)
+        while "draining" not in cluster.output:
+            time.sleep(0.05)
+        cluster.process.send_signal(signal.SIGINT)
+        assert '"code":"unavailable"' in endless.read().decode().replace(" ", "")
+        assert cluster.process.wait(20) == 0, cluster.output
 
 
 def test_ctrl_c_lets_running_streams_end_and_cuts_those_that_do_not(tmp_path: Path) -> None:

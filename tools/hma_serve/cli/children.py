@@ -95,6 +95,13 @@ class Children:
         self.running.clear()
         return killed
 
+    def hurry(self, name: str, within: float) -> None:
+        """Signals a child that is being stopped once more, and waits until it has left, at most `within` seconds."""
+        for child in list(self.running):
+            if child.name == name and child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+                _ended(child.process, within)
+
     def kill(self) -> None:
         """Ends all children at once."""
         for child in self.running:

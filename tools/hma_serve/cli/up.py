@@ -45,6 +45,7 @@ MAX_SECONDS = 86_400
 _POLL_SECONDS = 0.1
 _HTTP_TIMEOUT = 60.0
 _LEAVING_SECONDS = 15.0
+_CUTTING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -424,13 +425,14 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
 
 
 def take_down(children: Children, drain: float, urgent: threading.Event) -> None:
-    """Stops the children in order; a second Ctrl-C kills them."""
+    """Stops the children in order; a second Ctrl-C kills them once the router has ended its streams with an error."""
     print("\ndraining ...", flush=True)
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(_POLL_SECONDS):
             if urgent.is_set():
+                children.hurry("router", _CUTTING_SECONDS)
                 for child in list(children.running):
                     child.process.kill()
                 return

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from hma_serve.core.errors import FailedPrecondition, HmaError
 from hma_serve.core.worker import WorkerInfo, WorkerLimits, WorkerRole, mint_instance
 from hma_serve.registry import Session, Watcher, open_readable_store, open_store
+from hma_serve.router.completion import Completions
 from hma_serve.router.config import RouterConfig, build_parser, parse_config
 from hma_serve.router.grpc_api import SERVICE, InferenceServicer
 from hma_serve.router.http.app import build_app
@@ -49,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def run(config: RouterConfig) -> None:
     """Serves until SIGTERM or SIGINT, then drains.
 
-    While it drains, new requests are refused, `/ready` says 503 and `/live` 200, and running requests go on.
+    While it drains, new requests are refused, `/ready` says 503 and `/live` 200, and running requests go on. A second
+    signal ends them with an error at once.
 
     Raises:
         HmaError: The router cannot start.
     """
-    stop = asyncio.Event()
+    stop, urgent = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (urgent if stop.is_set() else stop).set())
     model = await asyncio.to_thread(load_model, config.model)
     async with (
         _watching(config) as watcher,
@@ -75,11 +77,21 @@ async def run(config: RouterConfig) -> None:
                 await stop.wait()
                 _log.info("draining", extra={"running": pipeline.completions.running})
                 await grpc_server.set_serving(False)
-                await pipeline.completions.drain(config.drain_grace)
+                await _drain(pipeline.completions, config.drain_grace, urgent)
             await grpc_server.stop(_STOP_GRACE)
         finally:
             await http_server.stop()
     _log.info("stopped")
+
+
+async def _drain(completions: Completions, grace: float, urgent: asyncio.Event) -> None:
+    async def cut() -> None:
+        await urgent.wait()
+        await completions.drain(0)
+
+    cutting = asyncio.create_task(cut())
+    await completions.drain(grace)
+    cutting.cancel()
 
 
 async def _start(server: GrpcServer, listen: str) -> str:
