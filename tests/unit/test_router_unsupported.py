@@ -60,6 +60,11 @@ async def test_completions_have_no_tools(stack: Stack, name: str, value: object)
     await assert_refused(stack, "/v1/completions", PROMPT | {name: value}, name, "/v1/chat/completions")
 
 
+async def test_chat_cannot_be_held_to_one_call(stack: Stack) -> None:
+    body = CHAT | {"tools": [TOOL], "parallel_tool_calls": False}
+    await assert_refused(stack, "/v1/chat/completions", body, "parallel_tool_calls", "held to one")
+
+
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "allowed_token_ids": (None, []),
     "bad_words": (None, []),
@@ -72,6 +77,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": (None, []),
     "logit_bias": (None, {}),
     "modalities": (None, [], ["text"]),
+    "parallel_tool_calls": (None, True),
     "prompt_logprobs": (None,),
     "skip_special_tokens": (None, True),
     "suffix": (None, ""),

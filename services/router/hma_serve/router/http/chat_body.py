@@ -23,6 +23,7 @@ _UNSUPPORTED: Unsupported = {
     "function_call": ((None, "none", "auto"), "use tools; calls cannot be forced"),
     "functions": ((None, []), "use tools"),
     "modalities": ((None, [], ["text"]), "answers are text alone"),
+    "parallel_tool_calls": ((None, True), "how many calls a model makes cannot be held to one"),
     "tool_choice": ((None, "none", "auto"), "calls cannot be forced; use none or auto"),
     "web_search_options": ((None,), "put what was found into a message"),
 }
