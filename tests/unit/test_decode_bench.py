@@ -20,6 +20,7 @@ from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT, CODED_INTEGER, MXFP
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.page_order import Role
 
+ROOT = Path(__file__).parents[2]
 HEAD_DIM = 128
 ROW: dict[str, Any] = {"model": "8B", "batch": 32, "context": 16384, "floor_ms": 13.2}
 
@@ -72,6 +73,12 @@ def test_the_largest_error_of_a_test_and_format_is_kept_with_its_bound(xml: Path
     assert rows["test_b", ""] == checks.ErrorRow("test_b", "", "", 1, 0.0, 2e-2)
     # What is no number is never less than a number.
     assert str(rows["test_a", "nvfp4"].error) == "nan"
+
+
+def test_every_test_of_a_gpu_is_run() -> None:
+    marked = {file for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in file.read_text()}
+    run = {ROOT / path for path in checks.PATHS}
+    assert all(run & {file, *file.parents} for file in marked), marked
 
 
 def test_parted_texts_are_listed_by_mode(xml: Path) -> None:
