@@ -90,7 +90,7 @@ def test_a_schema_that_cannot_be_followed_is_the_clients_fault(cluster: Cluster)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert "uniqueItems" in error["message"]
-    assert (error["type"], error["param"]) == ("invalid_request_error", "structure")
+    assert (error["type"], error["param"]) == ("invalid_request_error", "guided_json")
 
 
 def test_every_way_to_ask_for_a_form(cluster: Cluster) -> None:

@@ -293,7 +293,7 @@ async def test_a_stream_is_read_once(driver: Driver) -> None:
 
 
 async def test_the_deadline_ends_a_stream_and_names_the_timeout(driver: Driver, router: FakeRouter) -> None:
-    with pytest.raises(DeadlineExceeded, match=r"within 0\.3 seconds") as caught:
+    with pytest.raises(DeadlineExceeded, match=r"within the timeout of 0\.3 seconds") as caught:
         await driver.result(driver.generate("silent", timeout=0.3))
     assert caught.value.field == "timeout"
     assert await freed(router)
