@@ -8,6 +8,7 @@ import pytest
 
 from hma_serve.core.errors import InvalidArgument, ResourceExhausted
 from hma_serve.text import Tokenizer, TokenizingPool
+from hma_serve.text.tokenizing_pool import _size
 from support.fake_workers import byte_tokenizer_json
 
 LIMIT = 10
@@ -74,6 +75,11 @@ async def test_too_many_long_texts_are_refused(pool: TokenizingPool, tokenizer: 
 async def test_a_text_alone_may_be_of_any_length(pool: TokenizingPool, tokenizer: GatedTokenizer) -> None:
     tokenizer.gate.set()
     assert len(await pool.encode(10 * LONG)) == len(tokenizer.encode(10 * LONG))
+
+
+def test_small_values_without_end_are_not_counted_to_their_end() -> None:
+    assert 1 << 20 < _size([[0] * 1_000_000]) < (1 << 20) + 100
+    assert _size(["x" * 5_000_000]) > 5_000_000
 
 
 async def test_a_cancelled_caller_gives_its_place_back(pool: TokenizingPool, tokenizer: GatedTokenizer) -> None:
