@@ -218,17 +218,22 @@ def step_error(shape: str = "small", *, ptx: bool) -> float:
     return float((found.cpu().double() - expected).norm() / expected.norm())
 
 
-def product_error(rows: int, outputs: int, width: int, *, ptx: bool) -> float:
-    """Of a product of few rows against float64, its parts added."""
+def product_error(rows: int, outputs: int, width: int, *, ptx: bool, gated: bool = False) -> float:
+    """Of a product of few rows against float64, its parts added; gated: of so many outputs and what they gate."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(rows, width, generator=generator)
-    matrix = torch.randn(outputs, width, generator=generator)
+    matrix = torch.randn((2 if gated else 1) * outputs, width, generator=generator)
+    if gated:
+        matrix *= 2 * width**-0.5
     if ptx:
         x, matrix = x.bfloat16(), matrix.bfloat16()
     expected = x.double() @ matrix.double().T
+    if gated:
+        first, second = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(first) * second
     multiply = matvec if rows == 1 else skinny
     with _poisoned_memory(), _no_device() if not ON_GPU else nullcontext():
-        found = multiply(x.to(DEVICE), matrix.to(DEVICE), ptx=ptx).cpu().double()
+        found = multiply(x.to(DEVICE), matrix.to(DEVICE), ptx=ptx, gated=gated).cpu().double()
     found = found.view(-1, rows, outputs).sum(0)
     return float((found - expected).norm() / expected.norm())
 
@@ -369,8 +374,13 @@ def main() -> None:
         errors = [
             ("step", step_error(ptx=False), STEP_ERROR),
             *(
-                (f"{rows} rows times {shape}", product_error(rows, *shape, ptx=False), ATTENTION_ERROR)
+                (
+                    f"{rows} rows times {shape}{', gated' if gated else ''}",
+                    product_error(rows, *shape, ptx=False, gated=gated),
+                    ATTENTION_ERROR,
+                )
                 for rows, shape in [(1, (37, 100)), (3, (37, 100)), (32, (70, 520))]
+                for gated in (False, True)
             ),
         ]
     else:

@@ -62,9 +62,11 @@ def loads_before_waiting(sass: str) -> bool:
 
 def _for_nvidia() -> None:
     step_error(ptx=True)
+    small.gate_error(2, 100, ptx=True)
     for rows in (1, 32):
         product_error(rows, 37, 104, ptx=True)
         product_error(rows, 96, 640, ptx=True)
+        product_error(rows, 96, 640, ptx=True, gated=True)
     for name in BYTE_PAGES:
         misplaced_bytes(name, Role.K, 128)
     for checks in CORNER.values():
@@ -76,7 +78,7 @@ def _for_amd() -> None:
     # One reader: they take a minute and more. Products are a library's there.
     CORNER["single"][1].run(ptx=False)
     small.norm_error(2, 2560, 1, ptx=False)
-    small.gate_error(2, 100, 1, ptx=False)
+    small.gate_error(2, 100, ptx=False)
     small.embed_error(2, 100)
     small.Projection(2, 4, 128).run(ptx=False)
     for name in BYTE_PAGES:

@@ -69,20 +69,25 @@ def residual_norm(
 
 
 @triton.jit
-def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
-    """silu(first half) * second half of a row of a product."""
+def swiglu(x, up, KIND: tl.constexpr):
+    """silu(x) * up of float32, each rounded to KIND where a model in that type rounds."""
+    x = x.to(KIND).to(tl.float32)
+    silu = (x / (1.0 + tl.exp(-x))).to(KIND).to(tl.float32)
+    return (silu * up.to(KIND).to(tl.float32)).to(KIND)
+
+
+@triton.jit
+def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
+    """silu(first half) * second half of a row of a product that a matrix library made; `skinny` and `matvec` do it."""
     if PTX:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    kind: tl.constexpr = OUT.dtype.element_ty
-    stride = tl.num_programs(0) * (2 * WIDTH)
-    x = _added(UP + row * (2 * WIDTH) + column, stride, inside, PARTS, kind)
-    up = _added(UP + row * (2 * WIDTH) + WIDTH + column, stride, inside, PARTS, kind)
-    silu = (x / (1.0 + tl.exp(-x))).to(kind).to(tl.float32)
-    tl.store(OUT + row * WIDTH + column, (silu * up).to(kind), mask=inside)
+    x = tl.load(UP + row * (2 * WIDTH) + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(UP + row * (2 * WIDTH) + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(OUT + row * WIDTH + column, swiglu(x, up, OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -139,33 +144,49 @@ def project(
     PARTS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One (row, KV head): its queries and key normed and rotated, key and value written to their plain page."""
+    """One (row, KV head): its queries and key normed and rotated, key and value written to their plain page.
+
+    Everything is loaded before anything is stored: no load would move ahead of a store that might be to its place, and
+    what one program takes is the round trips that it makes one after the other.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
-    length = tl.load(LENGTH + row)
+    half: tl.constexpr = D // 2
+    kind: tl.constexpr = QBF.dtype.element_ty
     if PTX:
         gdc_launch_dependents()
+    length = tl.load(LENGTH + row)
+    slot = tl.load(SLOT + row).to(tl.int64)
+    channel = tl.arange(0, half)
+    member = tl.arange(0, HEADS)
+    there = (member < G)[:, None]
+    all_there = (channel >= 0)[None, :]
+    one = tl.arange(0, 1)[:, None] * 0
+    qkv = QKV + row * ((G + 2) * KV * D)
+    stride = tl.num_programs(0) * ((G + 2) * KV * D)
+    at = (head * G + member)[:, None] * D + channel[None, :]
+    q_low = _added(qkv + at, stride, there, PARTS, kind)
+    q_high = _added(qkv + at + half, stride, there, PARTS, kind)
+    key = qkv + (KV * G + head) * D + channel[None, :] + one
+    k_low = _added(key, stride, all_there, PARTS, kind)
+    k_high = _added(key + half, stride, all_there, PARTS, kind)
+    value = qkv + (KV * (G + 1) + head) * D + channel[None, :] + one
+    v_low = _added(value, stride, all_there, PARTS, kind)
+    v_high = _added(value + half, stride, all_there, PARTS, kind)
     if length > 0:
-        half: tl.constexpr = D // 2
-        channel = tl.arange(0, half)
-        member = tl.arange(0, HEADS)
-        kind: tl.constexpr = QBF.dtype.element_ty
         position = length - 1
+        entry = slot * table_stride + position // 32
+        key_at = tl.load(KTABLE + entry).to(tl.int64)
+        value_at = tl.load(VTABLE + entry).to(tl.int64)
         cos = tl.load(COS_SIN + position * D + channel)[None, :]
         sin = tl.load(COS_SIN + position * D + half + channel)[None, :]
-        qkv = QKV + row * ((G + 2) * KV * D)
-        stride = tl.num_programs(0) * ((G + 2) * KV * D)
-        at = (head * G + member)[:, None] * D + channel[None, :]
-        there = (member < G)[:, None]
-        low = _added(qkv + at, stride, there, PARTS, kind)
-        high = _added(qkv + at + half, stride, there, PARTS, kind)
-        low, high = _normed(low, high, Q_GAIN, channel, eps, D, kind)
-        q_low = (low * cos - high * sin).to(kind)
-        q_high = (high * cos + low * sin).to(kind)
+        q_low, q_high = _normed(q_low, q_high, Q_GAIN, channel, eps, D, kind)
+        k_low, k_high = _normed(k_low, k_high, K_GAIN, channel, eps, D, kind)
+        low, high = (q_low * cos - q_high * sin).to(kind), (q_high * cos + q_low * sin).to(kind)
         to = row * (KV * G * D) + at
-        tl.store(QBF + to, q_low, mask=there)
-        tl.store(QBF + to + half, q_high, mask=there)
-        low, high = q_low.to(tl.float32), q_high.to(tl.float32)
+        tl.store(QBF + to, low, mask=there)
+        tl.store(QBF + to + half, high, mask=there)
+        low, high = low.to(tl.float32), high.to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
         exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 32)
         raised = ((262 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
@@ -177,23 +198,12 @@ def project(
             c_low = tl.load(K_OFFSET + head * D + channel)[None, :]
             c_high = tl.load(K_OFFSET + head * D + half + channel)[None, :]
             tl.store(QOFFSET + heads, tl.sum(low * c_low, 1) + tl.sum(high * c_high, 1), mask=member < G)
-        slot = tl.load(SLOT + row).to(tl.int64)
         token = position % 32
-        entry = slot * table_stride + position // 32
         memory = MEMORY + head.to(tl.int64) * head_elements
-        key_page = memory + tl.load(KTABLE + entry).to(tl.int64) * 8
-        value_page = memory + tl.load(VTABLE + entry).to(tl.int64) * 8
-        one = tl.arange(0, 1)[:, None] * 0
-        key = qkv + (KV * G + head) * D + channel[None, :] + one
-        all_there = (channel >= 0)[None, :]
-        low = _added(key, stride, all_there, PARTS, kind)
-        high = _added(key + half, stride, all_there, PARTS, kind)
-        low, high = _normed(low, high, K_GAIN, channel, eps, D, kind)
+        key_page = memory + key_at * 8
+        value_page = memory + value_at * 8
         spot = channel[None, :] + one
-        tl.store(key_page + _key_place(token, spot, D), (low * cos - high * sin).to(kind))
-        tl.store(key_page + _key_place(token, spot + half, D), (high * cos + low * sin).to(kind))
-        value = qkv + (KV * (G + 1) + head) * D + channel[None, :] + one
-        low = _added(value, stride, all_there, PARTS, kind)
-        high = _added(value + half, stride, all_there, PARTS, kind)
-        tl.store(value_page + _value_place(token, spot, D), low.to(kind))
-        tl.store(value_page + _value_place(token, spot + half, D), high.to(kind))
+        tl.store(key_page + _key_place(token, spot, D), (k_low * cos - k_high * sin).to(kind))
+        tl.store(key_page + _key_place(token, spot + half, D), (k_high * cos + k_low * sin).to(kind))
+        tl.store(value_page + _value_place(token, spot, D), v_low.to(kind))
+        tl.store(value_page + _value_place(token, spot + half, D), v_high.to(kind))

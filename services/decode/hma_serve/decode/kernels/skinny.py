@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hma_serve.decode.kernels.elementwise import swiglu
 from hma_serve.decode.kernels.launch import nvidia
 from hma_serve.decode.kernels.warp import to_l2
 
@@ -38,9 +39,22 @@ _AHEAD_BYTES = 512
 """Of each of a program's rows that are asked for ahead."""
 
 
+@triton.jit
+def _channel(i, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Of the result, to which row i of a program's tile belongs.
+
+    Gated, of every 16 rows eight are of the first half of the matrix and eight are those that these gate: both results
+    are then in the same thread.
+    """
+    channel = tl.program_id(0) * OUTPUTS + i
+    if GATED:
+        channel = tl.program_id(0) * (OUTPUTS // 2) + i // 16 * 8 + i % 8
+    return channel
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _skinny(
-    MATRIX,  # [outputs, WIDTH]
+    MATRIX,  # [outputs, WIDTH]; gated, two of them
     X,  # [rows, WIDTH]
     OUT,  # [slices, rows, outputs]
     rows,
@@ -52,18 +66,26 @@ def _skinny(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     AHEAD: tl.constexpr,  # bytes
+    GATED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, OUTPUTS)
+    channel = _channel(i, OUTPUTS, GATED)
+    output = channel + i // 8 % 2 * outputs if GATED else channel
     begin = tl.program_id(1) * SLICE
     row = tl.arange(0, ROWS)
     column = begin + tl.arange(0, DEPTH)
     matrix = MATRIX + output.to(tl.int64)[:, None] * WIDTH + column[None, :]
     x = X + row[None, :] * WIDTH + column[:, None]
-    mine, there = (output < outputs)[:, None], (row < rows)[None, :]
+    mine, there = (channel < outputs)[:, None], (row < rows)[None, :]
     if PTX:
         if AHEAD > 0:
-            to_l2(MATRIX + tl.minimum(output, outputs - 1).to(tl.int64) * WIDTH + begin, AHEAD, output * 0)
+            # Half of a row's a thread.
+            thread = tl.arange(0, 2 * OUTPUTS)
+            of = tl.minimum(_channel(thread // 2, OUTPUTS, GATED), outputs - 1)
+            if GATED:
+                of += thread // 16 % 2 * outputs
+            to_l2(MATRIX + of.to(tl.int64) * WIDTH + begin + thread % 2 * (AHEAD // 4), AHEAD // 2, thread * 0)
         gdc_launch_dependents()
         gdc_wait()
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
@@ -79,8 +101,16 @@ def _skinny(
         else:
             # The interpreter multiplies BF16 wrongly.
             sums += tl.dot(weights.to(tl.float32), vectors.to(tl.float32), input_precision="ieee")
-    to = OUT + (tl.program_id(1) * rows + row[None, :]) * outputs + output[:, None]
-    tl.store(to, sums.to(OUT.dtype.element_ty), mask=mine & there)
+    kind: tl.constexpr = OUT.dtype.element_ty
+    if GATED:
+        pairs = tl.permute(tl.reshape(sums, [OUTPUTS // 16, 2, 8, ROWS]), (0, 2, 3, 1))
+        first, second = tl.split(pairs)
+        found = tl.reshape(swiglu(first, second, kind), [OUTPUTS // 2, ROWS])
+        channel = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        tl.store(OUT + row[None, :] * outputs + channel[:, None], found, mask=(channel < outputs)[:, None] & there)
+    else:
+        to = OUT + (tl.program_id(1) * rows + row[None, :]) * outputs + channel[:, None]
+        tl.store(to, sums.to(kind), mask=mine & there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +148,9 @@ def _cut(outputs: int, width: int, processors: int, most: int) -> _Cut:
     return _Cut(-(-steps // depth), depth * _DEPTH, stages)
 
 
-def skinny(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool, whole: bool = False) -> torch.Tensor:
+def skinny(
+    x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool, whole: bool = False, gated: bool = False
+) -> torch.Tensor:
     """X [rows, inputs] times matrix [outputs, inputs], transposed, in parts that are to be added.
 
     Args:
@@ -126,9 +158,10 @@ def skinny(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool, whole: bool = Fa
         matrix: bfloat16, contiguous.
         ptx: False runs the twin in plain Triton, in float32: for the interpreter.
         whole: In one part.
+        gated: In one part, silu(first half of the outputs) * second half (SwiGLU).
 
     Returns:
-        [parts, rows, outputs]: float32, or, if it is one part, the dtype of X.
+        [parts, rows, outputs]: float32, or, if it is one part, the dtype of X. Gated: [1, rows, outputs / 2].
 
     Raises:
         ValueError: There are more rows than that.
@@ -137,22 +170,24 @@ def skinny(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool, whole: bool = Fa
     if rows > MOST_ROWS:
         raise ValueError(f"{rows} rows are more than {MOST_ROWS}")
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    cut = _cut(outputs, width, processors, 1 if whole else _MOST_PARTS)
-    out = x.new_empty((cut.slices, rows, outputs), dtype=torch.float32 if cut.slices > 1 else x.dtype)
+    cut = _cut(outputs, width, processors, 1 if whole or gated else _MOST_PARTS)
+    channels = outputs // 2 if gated else outputs
+    out = x.new_empty((cut.slices, rows, channels), dtype=torch.float32 if cut.slices > 1 else x.dtype)
     last = width - (cut.slices - 1) * cut.width
     _skinny[(triton.cdiv(outputs, _OUTPUTS), cut.slices)](
         matrix,
         x,
         out,
         rows,
-        outputs,
+        channels,
         WIDTH=width,
         SLICE=cut.width,
         OUTPUTS=_OUTPUTS,
         DEPTH=_DEPTH,
         ROWS=MOST_ROWS,
         STAGES=cut.stages,
-        AHEAD=min(_AHEAD_BYTES, 2 * last) if width % 8 == 0 else 0,
+        AHEAD=min(_AHEAD_BYTES, 2 * last) // 32 * 32 if width % 8 == 0 else 0,
+        GATED=gated,
         PTX=ptx,
         num_warps=4,
         **nvidia(ptx),

@@ -138,7 +138,7 @@ class StepModel:
             x = self._norm(hidden, delta, layer.input_norm)
             attended = self._attend(index, layer, self.multiply(x, layer.qkv), memory.rows, pages, works)
             x = self._norm(hidden, self.multiply(attended, layer.output), layer.mlp_norm)
-            delta = self.multiply(self._gate(self.multiply(x, layer.gate_up)), layer.down)
+            delta = self.multiply(self._gated(x, layer.gate_up), layer.down)
         x = self._norm(hidden, delta, self._final_norm)
         return self.multiply(x.index_select(0, memory.chosen), self._head, whole=True)[0]
 
@@ -155,16 +155,21 @@ class StepModel:
             BLOCK=triton.next_power_of_2(width),
             PARTS=0 if delta is None else len(delta),
             PTX=self._ptx,
-            num_warps=8 if width > 2048 else 4,
+            num_warps=16 if width > 2048 else 4,
             **nvidia(self._ptx),
         )
         return out
 
-    def _gate(self, up: torch.Tensor) -> torch.Tensor:
-        (parts, rows, _), width = up.shape, self.config.intermediate_size
-        out = self._embedding.new_empty((rows, width))
-        gate[(rows, triton.cdiv(width, _BLOCK))](
-            up, out, WIDTH=width, BLOCK=_BLOCK, PARTS=parts, PTX=self._ptx, **nvidia(self._ptx)
+    def _gated(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half of X times the matrix, transposed: [rows, width of the MLP]."""
+        if self._own_products and len(x) == 1:
+            return matvec(x, matrix, ptx=self._ptx, gated=True)
+        if self._own_products and len(x) <= MOST_ROWS:
+            return skinny(x, matrix, ptx=self._ptx, gated=True)[0]
+        up, width = self.multiply(x, matrix)[0], self.config.intermediate_size
+        out = self._embedding.new_empty((len(x), width))
+        gate[(len(x), triton.cdiv(width, _BLOCK))](
+            up, out, WIDTH=width, BLOCK=_BLOCK, PTX=self._ptx, **nvidia(self._ptx)
         )
         return out
 
@@ -214,7 +219,7 @@ class StepModel:
             OFFSET=offset is not None,
             PARTS=parts,
             PTX=self._ptx,
-            num_warps=2,
+            num_warps=4,
         )
         out = new(shape)
         for work, of_layer in zip(works, pages, strict=True):
