@@ -22,6 +22,8 @@ MESSAGES: Any = [
     {"role": "system", "content": "You are a storyteller."},
     {"role": "user", "content": "What happened on the dark and stormy night?"},
 ]
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+WRITTEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 CALLS: dict[str, Callable[[], Awaitable[None]]] = {}
 URL = sys.argv[1]
 SETTINGS: dict[str, Any] = {"base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0, "timeout": 60.0}
@@ -252,6 +254,52 @@ def chat_with_text_parts(client: OpenAI) -> None:
         for messages in (parts, plain)
     ]
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+
+
+def asking_for_calls(*written: str) -> dict[str, Any]:
+    """A request with tools that is held to an answer, because the model of the test would not call them by itself."""
+    return {
+        "model": model(),
+        "messages": MESSAGES,
+        "tools": TOOLS,
+        "max_tokens": 200,
+        "extra_body": {"guided_choice": ["\n".join(written)]},
+    }
+
+
+def assert_calls_oslo(calls: Any) -> None:
+    assert calls
+    for each in calls:
+        assert each.type == "function"
+        assert (each.function.name, json.loads(each.function.arguments)) == ("weather", {"city": "Oslo"})
+
+
+@blocking
+def chat_tool_calls_and_their_results(client: OpenAI) -> None:
+    [choice] = client.chat.completions.create(**asking_for_calls("Well.", WRITTEN_CALL)).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Well."
+    assert_calls_oslo(choice.message.tool_calls)
+    assert choice.message.tool_calls is not None
+    [called] = choice.message.tool_calls
+    result: Any = {"role": "tool", "tool_call_id": called.id, "content": "rain"}
+    answer = client.chat.completions.create(
+        model=model(), messages=[*MESSAGES, choice.message, result], tools=TOOLS, tool_choice="auto", max_tokens=4
+    )
+    assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+@blocking
+def chat_tool_calls_streamed(client: OpenAI) -> None:
+    with client.chat.completions.stream(**asking_for_calls(WRITTEN_CALL, WRITTEN_CALL)) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+        [choice] = stream.get_final_completion().choices
+    assert choice.finish_reason == "tool_calls"
+    assert not choice.message.content
+    assert_calls_oslo(choice.message.tool_calls)
+    assert choice.message.tool_calls is not None
+    assert len({each.id for each in choice.message.tool_calls}) == 2
+    assert [(event.index, event.name) for event in done] == [(0, "weather"), (1, "weather")]
 
 
 @blocking

@@ -58,7 +58,7 @@ class Answer(ABC):
     def finish_chunk(self, event: Finished) -> dict[str, Any]:
         """The end of one completion."""
         self._end(event)
-        return self._chunk(_ended(self._last_choice(event.index), event))
+        return self._chunk(self._ended(self._last_choice(event.index), event))
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, with no choices, for `stream_options.include_usage`."""
@@ -73,7 +73,7 @@ class Answer(ABC):
             joined = _joined(end.index, deltas)
             self._count(joined)
             self._end(end)
-            choices.append(_ended(self._with_ids(self._whole_choice(joined), joined), end))
+            choices.append(self._ended(self._with_ids(self._whole_choice(joined), joined), end))
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     # What the endpoints' shapes differ in.
@@ -126,6 +126,14 @@ class Answer(ABC):
                 choice["prompt_token_ids"] = list(self._prepared.jobs[event.index].prompt)
         return choice
 
+    def _ended(self, choice: dict[str, Any], event: Finished) -> dict[str, Any]:
+        choice["finish_reason"] = self._finish_reason(event)
+        choice["stop_reason"] = event.stop_match
+        return choice
+
+    def _finish_reason(self, event: Finished) -> str:
+        return _REASONS.get(event.reason, "stop")
+
     def _token_text(self, token_id: int) -> str:
         return self._tokenizer.decode((token_id,), skip_special=False)
 
@@ -138,9 +146,3 @@ def _joined(index: int, deltas: Sequence[Delta]) -> Delta:
         tuple(token for delta in own for token in delta.token_ids),
         tuple(logprobs for delta in own for logprobs in delta.logprobs),
     )
-
-
-def _ended(choice: dict[str, Any], event: Finished) -> dict[str, Any]:
-    choice["finish_reason"] = _REASONS.get(event.reason, "stop")
-    choice["stop_reason"] = event.stop_match
-    return choice

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from hma_serve.router.completion import Delta
+from hma_serve.router.completion import Delta, Finished, Prepared
 from hma_serve.router.http.answers import Answer
-from hma_serve.text import Conversation
+from hma_serve.router.http.generation_body import GenerationBody
+from hma_serve.router.http.tool_calls import Parsed, ToolCall, ToolCallParser
+from hma_serve.text import Conversation, Tokenizer
 from hma_serve.v1 import common_pb2
 
 
@@ -18,20 +21,50 @@ class ChatAnswer(Answer):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
+    def __init__(self, prepared: Prepared, body: GenerationBody, tokenizer: Tokenizer, created: int) -> None:
+        super().__init__(prepared, body, tokenizer, created)
+        [prompt] = body.request.prompts
+        has_tools = isinstance(prompt, Conversation) and prompt.tools is not None
+        # Without tools, whatever looks like a call is text.
+        self._parsers = [ToolCallParser() for _ in prepared.jobs] if has_tools else None
+        self._calls = [0] * len(prepared.jobs)
+
     def opening(self) -> Iterator[dict[str, Any]]:
         """Who speaks, once for each choice."""
         for index in range(len(self._prepared.jobs)):
             yield self._chunk(_choice(index, "delta", {"role": "assistant", "content": self._begun()}))
 
     def _delta_choice(self, event: Delta) -> dict[str, Any]:
-        return _choice(event.index, "delta", {"content": event.text}) | {"logprobs": self._logprobs(event)}
+        parsed = self._parsed(event)
+        said: dict[str, Any] = {"content": parsed.text} if parsed.text or not parsed.calls else {}
+        if parsed.calls:
+            calls = enumerate(map(_call, parsed.calls), start=self._calls[event.index])
+            said["tool_calls"] = [{"index": position, **call} for position, call in calls]
+            self._calls[event.index] += len(parsed.calls)
+        return _choice(event.index, "delta", said) | {"logprobs": self._logprobs(event)}
 
     def _last_choice(self, index: int) -> dict[str, Any]:
-        return _choice(index, "delta", {})
+        rest = self._rest(index)
+        return _choice(index, "delta", {"content": rest} if rest else {})
 
     def _whole_choice(self, joined: Delta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self._begun() + joined.text, "refusal": None}
+        parsed = self._parsed(joined)
+        content = self._begun() + parsed.text + self._rest(joined.index)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if parsed.calls:
+            message |= {"content": content or None, "tool_calls": list(map(_call, parsed.calls))}
+            self._calls[joined.index] = len(parsed.calls)
         return _choice(joined.index, "message", message) | {"logprobs": self._logprobs(joined)}
+
+    def _finish_reason(self, event: Finished) -> str:
+        reason = super()._finish_reason(event)
+        return "tool_calls" if reason == "stop" and self._calls[event.index] else reason
+
+    def _parsed(self, event: Delta) -> Parsed:
+        return Parsed(event.text) if self._parsers is None else self._parsers[event.index].push(event.text)
+
+    def _rest(self, index: int) -> str:
+        return "" if self._parsers is None else self._parsers[index].finish()
 
     def _begun(self) -> str:
         """What the assistant has said already, if that is echoed."""
@@ -61,3 +94,8 @@ class ChatAnswer(Answer):
 
 def _choice(index: int, name: str, said: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, name: said, "logprobs": None, "finish_reason": None, "stop_reason": None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
