@@ -231,9 +231,11 @@ def product_error(rows: int, outputs: int, width: int, *, ptx: bool, gated: bool
     if gated:
         first, second = expected.chunk(2, -1)
         expected = torch.nn.functional.silu(first) * second
-    multiply = matvec if rows == 1 else skinny
     with _poisoned_memory(), _no_device() if not ON_GPU else nullcontext():
-        found = multiply(x.to(DEVICE), matrix.to(DEVICE), ptx=ptx, gated=gated).cpu().double()
+        x, matrix = x.to(DEVICE), matrix.to(DEVICE)
+        of_one = rows == 1 and not gated
+        found = matvec(x, matrix, ptx=ptx) if of_one else skinny(x, matrix, ptx=ptx, gated=gated)
+        found = found.cpu().double()
     found = found.view(-1, rows, outputs).sum(0)
     return float((found - expected).norm() / expected.norm())
 

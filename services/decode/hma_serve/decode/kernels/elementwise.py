@@ -78,7 +78,7 @@ def swiglu(x, up, KIND: tl.constexpr):
 
 @triton.jit
 def gate(UP, OUT, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    """silu(first half) * second half of a row of a product that a matrix library made; `skinny` and `matvec` do it."""
+    """silu(first half) * second half of a row of a product of one part; `skinny` does it itself."""
     if PTX:
         gdc_launch_dependents()
         gdc_wait()

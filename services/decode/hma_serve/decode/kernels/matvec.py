@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hma_serve.decode.kernels.elementwise import swiglu
 from hma_serve.decode.kernels.launch import nvidia
 
 _ELEMENTS = 8192
@@ -22,26 +21,11 @@ _PROGRAMS = 768
 
 
 @triton.jit
-def _matvec(
-    MATRIX,  # [outputs, WIDTH]; gated, two of them
-    X,  # [WIDTH]
-    OUT,  # [outputs]
-    outputs,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATED: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    i = tl.arange(0, ROWS)
-    channel = tl.program_id(0) * ROWS + i
-    row = channel
-    if GATED:
-        channel = tl.program_id(0) * (ROWS // 2) + i // 2
-        row = channel + i % 2 * outputs
+def _matvec(MATRIX, X, OUT, outputs, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     matrix = MATRIX + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    there = (channel < outputs)[:, None]
+    there = (row < outputs)[:, None]
     # The matrix does not change, so its first part may come before the vector is there.
     ahead = tl.load(matrix, mask=there & (column < WIDTH)[None, :], other=0.0, eviction_policy="evict_first")
     if PTX:
@@ -56,41 +40,22 @@ def _matvec(
         )
         x = tl.load(X + start + column, mask=start + column < WIDTH, other=0.0).to(tl.float32)
         sums += held.to(tl.float32) * x[None, :]
-    kind: tl.constexpr = OUT.dtype.element_ty
-    found = tl.sum(sums, 1)
-    if GATED:
-        first, second = tl.split(tl.reshape(found, [ROWS // 2, 2]))
-        channel = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-        tl.store(OUT + channel, swiglu(first, second, kind), mask=channel < outputs)
-    else:
-        tl.store(OUT + channel, found.to(kind), mask=channel < outputs)
+    tl.store(OUT + row, tl.sum(sums, 1).to(OUT.dtype.element_ty), mask=row < outputs)
 
 
-def matvec(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool, gated: bool = False) -> torch.Tensor:
+def matvec(x: torch.Tensor, matrix: torch.Tensor, *, ptx: bool) -> torch.Tensor:
     """X [1, inputs] times matrix [outputs, inputs], transposed: [1, outputs]; sums in float32.
 
     Args:
         x: bfloat16.
         matrix: bfloat16, contiguous.
         ptx: Launch while the kernel before still runs; False: plain Triton.
-        gated: Instead silu(first half of the outputs) * second half (SwiGLU): [1, outputs / 2].
     """
     outputs, width = matrix.shape
-    channels = outputs // 2 if gated else outputs
-    out = x.new_empty((1, channels))
+    out = x.new_empty((1, outputs))
     rows = min(16, max(2, triton.next_power_of_2(outputs // _PROGRAMS + 1) // 2))
     block = min(_ELEMENTS // rows, triton.next_power_of_2(width))
     _matvec[(triton.cdiv(outputs, rows),)](
-        matrix,
-        x,
-        out,
-        channels,
-        WIDTH=width,
-        ROWS=rows,
-        BLOCK=block,
-        GATED=gated,
-        PTX=ptx,
-        num_warps=4,
-        **nvidia(ptx),
+        matrix, x, out, outputs, WIDTH=width, ROWS=rows, BLOCK=block, PTX=ptx, num_warps=4, **nvidia(ptx)
     )
     return out

@@ -35,13 +35,13 @@ _RESIDENT: Final = {4: 2, 3: 3}
 """Programs that a multiprocessor's shared memory holds, by how many steps of the loop are under way in each."""
 
 _MOST_PARTS = 8
-_AHEAD_BYTES = 512
-"""Of each of a program's rows that are asked for ahead."""
+_AHEAD_BYTES = 2 * _DEPTH
+"""Of each of a program's rows that are asked for ahead, a step of the loop: more gets in the way of others."""
 
 
 @triton.jit
-def _channel(i, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
-    """Of the result, to which row i of a program's tile belongs.
+def _places(i, outputs, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Of row i of a program's tile: its channel of the result, and its row of the matrix, the last one behind the end.
 
     Gated, of every 16 rows eight are of the first half of the matrix and eight are those that these gate: both results
     are then in the same thread.
@@ -49,7 +49,10 @@ def _channel(i, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
     channel = tl.program_id(0) * OUTPUTS + i
     if GATED:
         channel = tl.program_id(0) * (OUTPUTS // 2) + i // 16 * 8 + i % 8
-    return channel
+    row = tl.minimum(channel, outputs - 1).to(tl.int64)
+    if GATED:
+        row += i // 8 % 2 * outputs
+    return channel, row
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -69,23 +72,19 @@ def _skinny(
     GATED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    i = tl.arange(0, OUTPUTS)
-    channel = _channel(i, OUTPUTS, GATED)
-    output = channel + i // 8 % 2 * outputs if GATED else channel
+    channel, output = _places(tl.arange(0, OUTPUTS), outputs, OUTPUTS, GATED)
     begin = tl.program_id(1) * SLICE
     row = tl.arange(0, ROWS)
     column = begin + tl.arange(0, DEPTH)
-    matrix = MATRIX + output.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    matrix = MATRIX + output[:, None] * WIDTH + column[None, :]
     x = X + row[None, :] * WIDTH + column[:, None]
     mine, there = (channel < outputs)[:, None], (row < rows)[None, :]
     if PTX:
         if AHEAD > 0:
             # Half of a row's a thread.
             thread = tl.arange(0, 2 * OUTPUTS)
-            of = tl.minimum(_channel(thread // 2, OUTPUTS, GATED), outputs - 1)
-            if GATED:
-                of += thread // 16 % 2 * outputs
-            to_l2(MATRIX + of.to(tl.int64) * WIDTH + begin + thread % 2 * (AHEAD // 4), AHEAD // 2, thread * 0)
+            _, asked = _places(thread // 2, outputs, OUTPUTS, GATED)
+            to_l2(MATRIX + asked * WIDTH + begin + thread % 2 * (AHEAD // 4), AHEAD // 2, thread * 0)
         gdc_launch_dependents()
         gdc_wait()
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)

@@ -162,9 +162,7 @@ class StepModel:
 
     def _gated(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half of X times the matrix, transposed: [rows, width of the MLP]."""
-        if self._own_products and len(x) == 1:
-            return matvec(x, matrix, ptx=self._ptx, gated=True)
-        if self._own_products and len(x) <= MOST_ROWS:
+        if self._own_products and 1 < len(x) <= MOST_ROWS:
             return skinny(x, matrix, ptx=self._ptx, gated=True)[0]
         up, width = self.multiply(x, matrix)[0], self.config.intermediate_size
         out = self._embedding.new_empty((len(x), width))
