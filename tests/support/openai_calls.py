@@ -22,7 +22,13 @@ MESSAGES: Any = [
     {"role": "system", "content": "You are a storyteller."},
     {"role": "user", "content": "What happened on the dark and stormy night?"},
 ]
-TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
 WRITTEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 CALLS: dict[str, Callable[[], Awaitable[None]]] = {}
 URL = sys.argv[1]
@@ -300,6 +306,36 @@ def chat_tool_calls_streamed(client: OpenAI) -> None:
     assert choice.message.tool_calls is not None
     assert len({each.id for each in choice.message.tool_calls}) == 2
     assert [(event.index, event.name) for event in done] == [(0, "weather"), (1, "weather")]
+
+
+@blocking
+def chat_tool_calls_asked_for(client: OpenAI) -> None:
+    arguments: Any = {"model": model(), "messages": MESSAGES, "tools": TOOLS, "max_tokens": 300}
+    named: Any = {"type": "function", "function": {"name": "weather"}}
+    for asked in ("required", named):
+        answer = client.chat.completions.create(tool_choice=asked, parallel_tool_calls=False, **arguments)
+        [choice] = answer.choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert choice.message.tool_calls is not None
+        assert len(choice.message.tool_calls) == 1
+        assert_calls_oslo(choice.message.tool_calls)
+
+
+@blocking
+def chat_tool_calls_parsed(client: OpenAI) -> None:
+    """The package's own way to read arguments."""
+    strict: Any = [{"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}}]
+    answer = client.chat.completions.parse(
+        model=model(),
+        messages=MESSAGES,
+        tools=strict,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=300,
+    )
+    calls = answer.choices[0].message.tool_calls
+    assert calls
+    assert calls[0].function.parsed_arguments == {"city": "Oslo"}
 
 
 @blocking

@@ -9,7 +9,7 @@ from typing import Any
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chat"
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",

@@ -13,7 +13,7 @@ import torch
 
 from hma_serve.checkpoint import read_eos_token_ids, resolve_checkpoint
 from hma_serve.core.errors import HmaError, InvalidArgument, ResourceExhausted
-from hma_serve.core.request import SamplingParams, StopConditions, Structure
+from hma_serve.core.request import SamplingParams, StopConditions, Structure, StructureKind
 from hma_serve.decode.grammar import COMPILE_SECONDS, Grammar, GrammarCompiler, GrammarQueue
 from hma_serve.decode.pages import Reservation
 from hma_serve.decode.sampler import sample
@@ -126,6 +126,66 @@ def test_expressions_and_choices_are_followed_to_the_letter(name: str, request: 
     assert said == set(choices)
 
 
+FUNCTIONS: list[dict[str, Any]] = [
+    {
+        "name": "adopt",
+        "parameters": {
+            "type": "object",
+            "properties": {"kind": {"$ref": "#/$defs/kind"}, "age": {"type": "integer", "minimum": 0, "maximum": 40}},
+            "required": ["kind", "age"],
+            "additionalProperties": False,
+            "$defs": {"kind": {"enum": ["cat", "<dog>"]}},
+        },
+    },
+    {"name": 'the "other" one', "parameters": {"properties": {}, "additionalProperties": False}},
+]
+
+
+def called(text: str) -> list[str]:
+    """The names in a text that is valid calls and nothing else."""
+    assert re.fullmatch(r"(?s)<tool_call>\n.*\n</tool_call>", text), text
+    names = []
+    for call in text[len("<tool_call>\n") : -len("\n</tool_call>")].split("\n</tool_call>\n<tool_call>\n"):
+        made = json.loads(call)
+        assert list(made) == ["name", "arguments"]
+        [function] = [each for each in FUNCTIONS if each["name"] == made["name"]]
+        jsonschema.validate(made["arguments"], function["parameters"])
+        names.append(made["name"])
+    return names
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen3"])
+def test_calls_are_calls_whatever_the_model_would_say(name: str, request: pytest.FixtureRequest) -> None:
+    model: Model = request.getfixturevalue(name)
+    thinking = model.tokenizer.encode("<think>")
+    # A model of noise that began to think would never stop.
+    bias = {thinking[0]: -100.0} if len(thinking) == 1 else {}
+    for one in (True, False):
+        texts = model.write(Structure.tool_calls(FUNCTIONS, one=one), range(12), logit_bias=bias)
+        made = [called(text) for text, ending in texts if ending is Ending.STOP]
+        assert len(made) == 12
+        assert {each for names in made for each in names} == {each["name"] for each in FUNCTIONS}
+        assert ({len(names) for names in made} == {1}) == one
+
+
+def test_a_model_with_marks_for_thoughts_may_think_before_it_calls(qwen3: Model, demo: Model) -> None:
+    structure = Structure.tool_calls([{"name": "f"}])
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": [1]}}\n</tool_call>'
+    for text in (call, f"<think>\nWhy <not>?\n</think>\n\n{call}\n{call}"):
+        grammar = qwen3.grammar(structure)
+        for token in [*qwen3.tokenizer.encode(text), qwen3.eos[0]]:
+            grammar.allowed()
+            ended = grammar.take(token)
+        assert ended
+    with pytest.raises(InvalidArgument, match="emitted before"):
+        demo.compiler.grammar(demo.compiler.compile(structure).result()).begin(demo.tokenizer.encode("<th"))
+
+
+def test_a_choice_may_have_the_models_marks(qwen3: Model) -> None:
+    for choices in (["<tool_call> a"], ["<tool_call> a", "<think>", "<b>"]):
+        assert {text for text, _ in qwen3.write(Structure.choice(choices), range(12))} == set(choices)
+
+
 def test_any_object_is_an_object(demo: Model) -> None:
     for text, ending in demo.write(Structure.json_object(), range(10), max_tokens=60):
         if ending is Ending.STOP:
@@ -156,6 +216,7 @@ def test_a_later_attempt_goes_on_where_the_first_stopped(demo: Model) -> None:
     compiled = demo.compiler.compile(Structure.choice(["yes", "yellow"])).result()
     grammar = demo.compiler.grammar(compiled)
     grammar.begin(demo.tokenizer.encode("ye"))
+    grammar.allowed()
     assert not grammar.take(demo.tokenizer.encode("l")[0])
     with pytest.raises(InvalidArgument, match="emitted before"):
         demo.compiler.grammar(compiled).begin(demo.tokenizer.encode("no"))
@@ -208,6 +269,7 @@ def test_a_grammar_that_fails_in_a_step_ends_its_own_sequence_alone(demo: Model)
         (Structure.json_schema({"$ref": "http://example.org/x"}), "does not fetch"),
         (Structure.json_schema({"type": "string", "pattern": "(?=a)"}), "look-around"),
         (Structure.regex("(a|b"), "unclosed group"),
+        (Structure.tool_calls([{"name": "f", "parameters": {"uniqueItems": True}}]), "uniqueItems"),
     ],
 )
 def test_what_cannot_be_followed_says_why(demo: Model, structure: Structure, message: str) -> None:
@@ -228,6 +290,13 @@ def test_what_cannot_be_followed_says_why(demo: Model, structure: Structure, mes
         lambda: Structure.regex(""),
         lambda: Structure.choice([]),
         lambda: Structure.choice([""]),
+        lambda: Structure.tool_calls([]),
+        lambda: Structure.tool_calls([{}]),
+        lambda: Structure.tool_calls([{"name": ""}]),
+        lambda: Structure.tool_calls([{"name": "f", "parameters": [1]}]),
+        lambda: Structure.tool_calls([{"name": "f", "parameters": {"a": object()}}]),
+        lambda: Structure(StructureKind.TOOL_CALL, ("{",)),
+        lambda: Structure(StructureKind.TOOL_CALLS, ('{"name": "f"}', "[]")),
         lambda: Structure.choice(str(number) for number in range(5000)),
     ],
 )
@@ -243,6 +312,8 @@ def test_structures_survive_the_wire() -> None:
         Structure.json_object(),
         Structure.regex("a+"),
         Structure.choice(["a", "b"]),
+        Structure.tool_calls(FUNCTIONS),
+        Structure.tool_calls(FUNCTIONS, one=True),
     ):
         assert Structure.from_proto(structure.to_proto()) == structure
         assert SamplingParams.from_proto(SamplingParams(structure=structure).to_proto()).structure == structure

@@ -137,6 +137,9 @@ async def test_a_long_conversation_is_rendered_beside_the_loop(stack: Stack) -> 
     await assert_error(response, 400, "context_length_exceeded", "messages")
 
 
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+ODD_TOOL = {"type": "function", "function": {"name": "f", "parameters": "none"}}
+CALL_F = {"type": "function", "function": {"name": "f"}}
 PART = [{"type": "image_url", "image_url": {"url": "x"}}]
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("no messages", {}, "messages"),
@@ -160,8 +163,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("surrogate", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
     ("odd tools", {"messages": HI, "tools": ["f"]}, "tools"),
     ("too many tools", {"messages": HI, "tools": [{}] * (MAX_TOOLS + 1)}, "tools"),
-    ("forced call", {"messages": HI, "tool_choice": "required"}, "tool_choice"),
-    ("named call", {"messages": HI, "tool_choice": {"type": "function"}}, "tool_choice"),
+    ("a call without tools", {"messages": HI, "tool_choice": "required"}, "tool_choice"),
+    ("a named call without tools", {"messages": HI, "tool_choice": CALL_F}, "tool_choice"),
+    ("a call without a name", {"messages": HI, "tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+    (
+        "a call of another",
+        {"messages": HI, "tools": [TOOL | {"function": {"name": "g"}}], "tool_choice": CALL_F},
+        "tool_choice",
+    ),
+    ("an odd choice", {"messages": HI, "tools": [TOOL], "tool_choice": ["f"]}, "tool_choice"),
+    ("a call and a form", {"messages": HI, "tools": [TOOL], "tool_choice": CALL_F, "guided_regex": "a"}, "tool_choice"),
+    ("a call of a nameless tool", {"messages": HI, "tools": [{}], "tool_choice": "required"}, "tools"),
+    ("a call with odd parameters", {"messages": HI, "tools": [ODD_TOOL], "tool_choice": "required"}, "tools"),
+    ("text parallel calls", {"messages": HI, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ("functions", {"messages": HI, "functions": [{"name": "f"}]}, "functions"),
     ("forced function", {"messages": HI, "function_call": {"name": "f"}}, "function_call"),
     ("template", {"messages": HI, "chat_template": "{{ 7 * 7 }}"}, "chat_template"),

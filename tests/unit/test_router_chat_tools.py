@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from hma_serve.core.errors import InvalidArgument
+from hma_serve.core.request import SamplingParams, Structure
 from support.fake_workers import EOS, fake_model
 from support.qwen3 import GOLDEN, WEATHER
-from support.router_stack import Stack, running_stack
+from support.router_stack import Stack, assert_error, running_stack
 
 OSLO = '<tool_call>\n{"name": "weather", "arguments": {"city":"Oslo"}}\n</tool_call>'
 ROME = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+WEATHER_CALLS = {name: WEATHER["function"][name] for name in ("name", "parameters")}
 UNCLOSED = OSLO.removesuffix("</tool_call>")
 
 
@@ -185,3 +188,35 @@ async def test_an_answers_calls_go_back_into_qwen3s_template(stack: Stack) -> No
         # Calls alone: their message has no text.
         await qwen3.chat(messages=[history[0], {**choice["message"], "content": None}, history[2]], max_tokens=1)
         assert f"assistant\n{ROME}\n{ROME}<|im_end|>" in qwen3.text(list(qwen3.decode.calls[-1].prompt_token_ids))
+
+
+CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock", "description": "The time"}}
+CALL_CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "structure"),
+    [
+        ({}, None),
+        ({"tool_choice": "auto"}, None),
+        ({"tool_choice": "none"}, None),
+        ({"tool_choice": "required"}, Structure.tool_calls([WEATHER_CALLS, {"name": "clock"}])),
+        (
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            Structure.tool_calls([WEATHER_CALLS, {"name": "clock"}], one=True),
+        ),
+        ({"tool_choice": CALL_CLOCK}, Structure.tool_calls([{"name": "clock"}], one=True)),
+    ],
+)
+async def test_a_call_that_is_asked_for_is_a_form_of_the_output(
+    stack: Stack, body: dict[str, Any], structure: Structure | None
+) -> None:
+    await stack.chat(**script(stack, OSLO, tools=[WEATHER, CLOCK], **body))
+    sampling = SamplingParams.from_proto(stack.decode.calls[-1].sampling)
+    assert sampling.structure == structure
+
+
+async def test_a_tool_that_cannot_be_followed_is_named(stack: Stack) -> None:
+    stack.decode.fail_after, stack.decode.failure = 0, InvalidArgument("it cannot be followed", field="structure")
+    body = script(stack, OSLO, tool_choice="required")
+    await assert_error(await stack.client.post("/v1/chat/completions", json=body), 400, "invalid_argument", "tools")

@@ -60,7 +60,7 @@ async def test_completions_have_no_tools(stack: Stack, name: str, value: object)
     await assert_refused(stack, "/v1/completions", PROMPT | {name: value}, name, "/v1/chat/completions")
 
 
-async def test_chat_cannot_be_held_to_one_call(stack: Stack) -> None:
+async def test_a_model_that_decides_cannot_be_held_to_one_call(stack: Stack) -> None:
     body = CHAT | {"tools": [TOOL], "parallel_tool_calls": False}
     await assert_refused(stack, "/v1/chat/completions", body, "parallel_tool_calls", "held to one")
 

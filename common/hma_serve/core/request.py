@@ -48,6 +48,8 @@ class StructureKind(StrEnum):
     JSON_OBJECT = "json_object"
     REGEX = "regex"
     CHOICE = "choice"
+    TOOL_CALL = "tool_call"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Structure:
 
     Attributes:
         kind: What the texts are.
-        texts: The schema, the expression, or the choices.
+        texts: The schema, the expression, the choices, or the functions that may be called.
     """
 
     kind: StructureKind
@@ -76,16 +78,15 @@ class Structure:
             raise InvalidArgument("the regex is empty", field="structure")
         elif self.kind is StructureKind.CHOICE and not (0 < len(self.texts) <= MAX_CHOICES and all(self.texts)):
             raise InvalidArgument(f"a choice takes 1 to {MAX_CHOICES} texts, none empty", field="structure")
+        elif self.kind in (StructureKind.TOOL_CALL, StructureKind.TOOL_CALLS):
+            _check_functions(self.texts)
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Structure:
         """A JSON document that a schema accepts; the schema as an object or as its text."""
         if isinstance(schema, str):
             return cls(StructureKind.JSON_SCHEMA, (schema,))
-        try:
-            return cls(StructureKind.JSON_SCHEMA, (json.dumps(schema),))
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise InvalidArgument(f"the schema cannot be written as JSON: {exc}", field="structure") from exc
+        return cls(StructureKind.JSON_SCHEMA, (_json_text(schema),))
 
     @classmethod
     def json_object(cls) -> Structure:
@@ -103,6 +104,12 @@ class Structure:
         return cls(StructureKind.CHOICE, tuple(texts))
 
     @classmethod
+    def tool_calls(cls, functions: Iterable[Mapping[str, Any]], *, one: bool = False) -> Structure:
+        """Calls of functions with a `name` and `parameters`, the JSON schema of the arguments; `one`: exactly one."""
+        kind = StructureKind.TOOL_CALL if one else StructureKind.TOOL_CALLS
+        return cls(kind, tuple(map(_json_text, functions)))
+
+    @classmethod
     def from_proto(cls, message: common_pb2.Structure) -> Structure:
         """Reads and validates the wire form; raises InvalidArgument."""
         match message.WhichOneof("kind"):
@@ -114,6 +121,10 @@ class Structure:
                 return cls.regex(message.regex)
             case "choice":
                 return cls.choice(message.choice.texts)
+            case "tool_call":
+                return cls(StructureKind.TOOL_CALL, tuple(message.tool_call.texts))
+            case "tool_calls":
+                return cls(StructureKind.TOOL_CALLS, tuple(message.tool_calls.texts))
             case _:
                 raise InvalidArgument("a structure must say what it is", field="structure")
 
@@ -128,6 +139,17 @@ class Structure:
                 return common_pb2.Structure(regex=self.texts[0])
             case StructureKind.CHOICE:
                 return common_pb2.Structure(choice=common_pb2.Choices(texts=self.texts))
+            case StructureKind.TOOL_CALL:
+                return common_pb2.Structure(tool_call=common_pb2.Functions(texts=self.texts))
+            case StructureKind.TOOL_CALLS:
+                return common_pb2.Structure(tool_calls=common_pb2.Functions(texts=self.texts))
+
+
+def _json_text(value: object) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidArgument(f"the schema cannot be written as JSON: {exc}", field="structure") from exc
 
 
 def _check_schema(text: str) -> None:
@@ -137,6 +159,20 @@ def _check_schema(text: str) -> None:
         raise InvalidArgument(f"the JSON schema is not JSON: {exc}", field="structure") from exc
     if not isinstance(schema, dict | bool):
         raise InvalidArgument("a JSON schema is an object", field="structure")
+
+
+def _check_functions(texts: tuple[str, ...]) -> None:
+    if not texts:
+        raise InvalidArgument("calls need a function that may be called", field="structure")
+    for text in texts:
+        try:
+            function = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            raise InvalidArgument(f"the function is not JSON: {exc}", field="structure") from exc
+        if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name:
+            raise InvalidArgument("a function has a name", field="structure")
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise InvalidArgument(f"the parameters of {name[:64]} must be a JSON schema", field="structure")
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hma_serve/v1/common.proto\x12\x0chma_serve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"]\n\x03Slo\x12\x19\n\x0cttft_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0ctpot_seconds\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_ttft_secondsB\x0f\n\r_tpot_seconds\"\xf8\x01\n\x0eRequestContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05trace\x18\x06 \x01(\x0b\x32\x1a.hma_serve.v1.TraceContext\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x1e\n\x03slo\x18\t \x01(\x0b\x32\x11.hma_serve.v1.Slo\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc2\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.hma_serve.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x04\x88\x01\x01\x12*\n\tstructure\x18\x0b \x01(\x0b\x32\x17.hma_serve.v1.Structure\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"{\n\tStructure\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\'\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x15.hma_serve.v1.ChoicesH\x00\x42\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\xa4\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0cstop_strings\x18\x05 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokens\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"d\n\rTokenLogprobs\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.hma_serve.v1.TokenLogprob\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.hma_serve.v1.TokenLogprob\"d\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x12\n\nmigrations\x18\x04 \x01(\r\"u\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12 \n\x13retry_after_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_retry_after_seconds*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hma_serve/v1/common.proto\x12\x0chma_serve.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n\x0cTraceContext\x12\x13\n\x0btraceparent\x18\x01 \x01(\t\x12\x12\n\ntracestate\x18\x02 \x01(\t\"]\n\x03Slo\x12\x19\n\x0cttft_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0ctpot_seconds\x18\x02 \x01(\x01H\x01\x88\x01\x01\x42\x0f\n\r_ttft_secondsB\x0f\n\r_tpot_seconds\"\xf8\x01\n\x0eRequestContext\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\r\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05trace\x18\x06 \x01(\x0b\x32\x1a.hma_serve.v1.TraceContext\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x1e\n\x03slo\x18\t \x01(\x0b\x32\x11.hma_serve.v1.Slo\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc2\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12?\n\nlogit_bias\x18\x08 \x03(\x0b\x32+.hma_serve.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x04\x88\x01\x01\x12*\n\tstructure\x18\x0b \x01(\x0b\x32\x17.hma_serve.v1.Structure\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xd8\x01\n\tStructure\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\'\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x15.hma_serve.v1.ChoicesH\x00\x12,\n\ttool_call\x18\x05 \x01(\x0b\x32\x17.hma_serve.v1.FunctionsH\x00\x12-\n\ntool_calls\x18\x06 \x01(\x0b\x32\x17.hma_serve.v1.FunctionsH\x00\x42\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x1a\n\tFunctions\x12\r\n\x05texts\x18\x01 \x03(\t\"\xa4\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x14\n\x0cstop_strings\x18\x05 \x03(\t\x12\x14\n\x0cinclude_stop\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokens\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"d\n\rTokenLogprobs\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.hma_serve.v1.TokenLogprob\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.hma_serve.v1.TokenLogprob\"d\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x12\n\nmigrations\x18\x04 \x01(\r\"u\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12 \n\x13retry_after_seconds\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_retry_after_seconds*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1649
-  _globals['_FINISHREASON']._serialized_end=1773
+  _globals['_FINISHREASON']._serialized_start=1771
+  _globals['_FINISHREASON']._serialized_end=1895
   _globals['_TRACECONTEXT']._serialized_start=76
   _globals['_TRACECONTEXT']._serialized_end=131
   _globals['_SLO']._serialized_start=133
@@ -48,18 +48,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_end=955
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=836
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=884
-  _globals['_STRUCTURE']._serialized_start=957
-  _globals['_STRUCTURE']._serialized_end=1080
-  _globals['_CHOICES']._serialized_start=1082
-  _globals['_CHOICES']._serialized_end=1106
-  _globals['_STOPCONDITIONS']._serialized_start=1109
-  _globals['_STOPCONDITIONS']._serialized_end=1273
-  _globals['_TOKENLOGPROB']._serialized_start=1275
-  _globals['_TOKENLOGPROB']._serialized_end=1324
-  _globals['_TOKENLOGPROBS']._serialized_start=1326
-  _globals['_TOKENLOGPROBS']._serialized_end=1426
-  _globals['_USAGE']._serialized_start=1428
-  _globals['_USAGE']._serialized_end=1528
-  _globals['_ERRORDETAIL']._serialized_start=1530
-  _globals['_ERRORDETAIL']._serialized_end=1647
+  _globals['_STRUCTURE']._serialized_start=958
+  _globals['_STRUCTURE']._serialized_end=1174
+  _globals['_CHOICES']._serialized_start=1176
+  _globals['_CHOICES']._serialized_end=1200
+  _globals['_FUNCTIONS']._serialized_start=1202
+  _globals['_FUNCTIONS']._serialized_end=1228
+  _globals['_STOPCONDITIONS']._serialized_start=1231
+  _globals['_STOPCONDITIONS']._serialized_end=1395
+  _globals['_TOKENLOGPROB']._serialized_start=1397
+  _globals['_TOKENLOGPROB']._serialized_end=1446
+  _globals['_TOKENLOGPROBS']._serialized_start=1448
+  _globals['_TOKENLOGPROBS']._serialized_end=1548
+  _globals['_USAGE']._serialized_start=1550
+  _globals['_USAGE']._serialized_end=1650
+  _globals['_ERRORDETAIL']._serialized_start=1652
+  _globals['_ERRORDETAIL']._serialized_end=1769
 # @@protoc_insertion_point(module_scope)

@@ -290,6 +290,8 @@ class Structure(_message.Message):
     JSON_OBJECT_FIELD_NUMBER: _builtins.int
     REGEX_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
     """The text of a JSON schema."""
     json_object: _builtins.bool
@@ -300,6 +302,14 @@ class Structure(_message.Message):
     def choice(self) -> Global___Choices:
         """One of these texts."""
 
+    @_builtins.property
+    def tool_call(self) -> Global___Functions:
+        """One call of one of these functions, as the model's chat template asks for it."""
+
+    @_builtins.property
+    def tool_calls(self) -> Global___Functions:
+        """One or more such calls."""
+
     def __init__(
         self,
         *,
@@ -307,12 +317,14 @@ class Structure(_message.Message):
         json_object: _builtins.bool = ...,
         regex: _builtins.str = ...,
         choice: Global___Choices | None = ...,
+        tool_call: Global___Functions | None = ...,
+        tool_calls: Global___Functions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex", "tool_call", b"tool_call", "tool_calls", b"tool_calls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex", "tool_call", b"tool_call", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "choice"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "choice", "tool_call", "tool_calls"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -337,6 +349,28 @@ class Choices(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
+class Functions(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each a JSON object with a `name` and, as `parameters`, the JSON schema of the arguments (absent: any)."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Functions: _TypeAlias = Functions  # noqa: Y015
 
 @_typing.final
 class StopConditions(_message.Message):

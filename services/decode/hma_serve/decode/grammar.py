@@ -11,6 +11,7 @@ states and work per mask, the seconds that a compilation may take, the number th
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ import llguidance
 import numpy as np
 import torch
 
+from hma_serve.core.call_format import CLOSING, OPENING, SEPARATOR, THOUGHTS, THOUGHTS_END
 from hma_serve.core.errors import HmaError, InvalidArgument, NotFound, ResourceExhausted
 from hma_serve.core.request import Structure, StructureKind
 
@@ -35,6 +37,8 @@ _FIELD = "structure"
 _TOKENIZER = "tokenizer.json"
 # Room to lay a document out, but no room to fill the whole answer with blanks.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
+# A mark like <tool_call>: one token of some vocabularies.
+_MARK = re.compile("(</?[a-z_]+>)")
 
 
 class Grammar:
@@ -203,16 +207,16 @@ class GrammarCompiler:
 
     def _compile(self, structure: Structure) -> llguidance.LLMatcher:
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, _definition(structure), log_level=0)
+            matcher = llguidance.LLMatcher(self._tokenizer, _definition(structure, self._tokenizer), log_level=0)
             error = matcher.get_error()
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             error = str(exc)
         if error:
             raise InvalidArgument(f"the {structure.kind} cannot be followed: {_first_line(error)}", field=_FIELD)
         return matcher
 
 
-def _definition(structure: Structure) -> str:
+def _definition(structure: Structure, tokenizer: llguidance.LLTokenizer) -> str:
     """The library's own description."""
     compile_ = llguidance.LLMatcher
     match structure.kind:
@@ -223,9 +227,45 @@ def _definition(structure: Structure) -> str:
         case StructureKind.REGEX:
             return compile_.grammar_from_regex(structure.texts[0])
         case StructureKind.CHOICE:
-            # A string of Lark is a string of JSON.
-            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in structure.texts)
+            texts = " | ".join(_literal(text, tokenizer) for text in structure.texts)
             return compile_.grammar_from_lark(f"start: {texts}")
+        case StructureKind.TOOL_CALL:
+            return compile_.grammar_from_lark(_calls("call", structure.texts, tokenizer))
+        case StructureKind.TOOL_CALLS:
+            more = _literal(SEPARATOR, tokenizer)
+            return compile_.grammar_from_lark(_calls(f"call ({more} call)*", structure.texts, tokenizer))
+
+
+def _calls(start: str, functions: Sequence[str], tokenizer: llguidance.LLTokenizer) -> str:
+    """Calls in Lark, after thoughts where the model has tokens for them: one that would think first still may."""
+    opening, closing = _literal(f"{OPENING}\n", tokenizer), _literal(f"\n{CLOSING}", tokenizer)
+    rules = [f"call: {opening} ({' | '.join(map(_call, functions))}) {closing}"]
+    if _is_mark(THOUGHTS, tokenizer) and _is_mark(THOUGHTS_END, tokenizer):
+        start = f"thoughts? {start}"
+        rules.append(rf"thoughts: {THOUGHTS} /(.|\n)*/ {THOUGHTS_END} /\n*/")
+    return "\n".join([f"start: {start}", *rules])
+
+
+def _call(function: str) -> str:
+    """The object between a call's marks: its schema stands alone, so that references into itself hold."""
+    described = json.loads(function)
+    schema = {**(described.get("parameters") or {}), "type": "object", "x-guidance": _JSON_OPTIONS}
+    head = f'{{"name": {json.dumps(described["name"], ensure_ascii=False)}, "arguments": '
+    return f'{json.dumps(head, ensure_ascii=False)} %json {json.dumps(schema)} "}}"'
+
+
+def _literal(text: str, tokenizer: llguidance.LLTokenizer) -> str:
+    """A text in Lark. Where the model has one token for a mark, the library takes it for that token alone."""
+    parts = filter(None, _MARK.split(text))
+    # A string of Lark is a string of JSON.
+    return " ".join(part if _is_mark(part, tokenizer) else json.dumps(part, ensure_ascii=False) for part in parts)
+
+
+def _is_mark(text: str, tokenizer: llguidance.LLTokenizer) -> bool:
+    if not _MARK.fullmatch(text):
+        return False
+    tokens = tokenizer.tokenize_str(text)
+    return len(tokens) == 1 and tokenizer.is_special_token(tokens[0])
 
 
 def _first_line(error: str) -> str:

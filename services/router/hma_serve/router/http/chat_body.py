@@ -13,6 +13,7 @@ from hma_serve.core.errors import InvalidArgument
 from hma_serve.router.conversation import checked_conversation
 from hma_serve.router.http import fields
 from hma_serve.router.http.generation_body import Caller, GenerationBody, read_generation_body
+from hma_serve.router.http.tool_choice_body import read_tool_choice
 from hma_serve.router.http.unsupported import Unsupported, refuse_unsupported
 from hma_serve.text import Conversation
 
@@ -20,11 +21,9 @@ _UNSUPPORTED: Unsupported = {
     "chat_template": ((None,), "the model's own is used; chat_template_kwargs sets its variables"),
     "continue_final_message": ((None, False), "send the conversation as one text to /v1/completions"),
     "documents": ((None, []), "put them into a message"),
-    "function_call": ((None, "none", "auto"), "use tools; calls cannot be forced"),
+    "function_call": ((None, "none", "auto"), "use tools and tool_choice"),
     "functions": ((None, []), "use tools"),
     "modalities": ((None, [], ["text"]), "answers are text alone"),
-    "parallel_tool_calls": ((None, True), "how many calls a model makes cannot be held to one"),
-    "tool_choice": ((None, "none", "auto"), "calls cannot be forced; use none or auto"),
     "web_search_options": ((None,), "put what was found into a message"),
 }
 
@@ -32,7 +31,15 @@ _UNSUPPORTED: Unsupported = {
 def read_chat_body(body: Mapping[str, Any], caller: Caller) -> GenerationBody:
     """Reads a JSON object; raises InvalidArgument for a field of the wrong type or shape."""
     refuse_unsupported(body, _UNSUPPORTED)
-    return read_generation_body(body, caller, (_conversation(body),), logprobs=_logprobs(body), default_max_tokens=None)
+    conversation = _conversation(body)
+    return read_generation_body(
+        body,
+        caller,
+        (conversation,),
+        logprobs=_logprobs(body),
+        default_max_tokens=None,
+        calls=read_tool_choice(body, conversation.tools or ()),
+    )
 
 
 def _conversation(body: Mapping[str, Any]) -> Conversation:

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 from hma_serve.core.errors import InvalidArgument
-from hma_serve.core.request import SamplingParams, Slo, StopConditions
+from hma_serve.core.request import SamplingParams, Slo, StopConditions, Structure
 from hma_serve.router.completion import CompletionRequest, Prompt
 from hma_serve.router.http import fields
-from hma_serve.router.http.structure_body import read_structure
+from hma_serve.router.http.structure_body import read_structure, structure_field
 from hma_serve.router.http.unsupported import IN_GENERATION, refuse_unsupported
 
 
@@ -61,6 +61,7 @@ def read_generation_body(
     *,
     logprobs: int | None,
     default_max_tokens: int | None,
+    calls: Structure | None = None,
 ) -> GenerationBody:
     """Reads the common fields.
 
@@ -70,6 +71,7 @@ def read_generation_body(
         prompts: As the endpoint has read them.
         logprobs: Alternatives to report per token, as the endpoint has read it.
         default_max_tokens: Length when the body names none; None: up to the window.
+        calls: The calls that the output must be, as the endpoint has read them.
 
     Raises:
         InvalidArgument: A field has the wrong type or shape, or asks for what is not supported.
@@ -82,7 +84,7 @@ def read_generation_body(
     request = CompletionRequest(
         prompts=prompts,
         model=fields.text(body, "model"),
-        sampling=_sampling(body, logprobs),
+        sampling=_sampling(body, logprobs, calls),
         stop=_stop(body),
         default_max_tokens=default_max_tokens,
         n=_n(body),
@@ -99,7 +101,7 @@ def read_generation_body(
     )
 
 
-def _sampling(body: Mapping[str, Any], logprobs: int | None) -> SamplingParams:
+def _sampling(body: Mapping[str, Any], logprobs: int | None, calls: Structure | None) -> SamplingParams:
     return SamplingParams(
         temperature=fields.number(body, "temperature", 1.0),
         top_p=fields.number(body, "top_p", 1.0),
@@ -112,8 +114,15 @@ def _sampling(body: Mapping[str, Any], logprobs: int | None) -> SamplingParams:
         logit_bias=_logit_bias(body),
         seed=fields.integer(body, "seed"),
         logprobs=logprobs,
-        structure=read_structure(body),
+        structure=_structure(body, calls),
     )
+
+
+def _structure(body: Mapping[str, Any], calls: Structure | None) -> Structure | None:
+    structure = read_structure(body)
+    if calls is None or structure is None:
+        return calls or structure
+    raise InvalidArgument(f"tool_choice and {structure_field(body)} exclude each other", field="tool_choice")
 
 
 def _logit_bias(body: Mapping[str, Any]) -> Mapping[int, float]:

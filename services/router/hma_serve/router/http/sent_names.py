@@ -16,7 +16,7 @@ def sent_name(field: str, body: Mapping[str, Any]) -> str:
     """The name that the body has for a field."""
     match field:
         case "structure":
-            return structure_field(body) or field
+            return structure_field(body) or "tools"
         case "max_tokens" if body.get("max_completion_tokens") is not None:
             return "max_completion_tokens"
         case "logprobs" if body.get("logprobs") is True and body.get("top_logprobs") is not None:

@@ -1,15 +1,8 @@
-"""The calls of tools in an answer's text.
+"""The calls of tools in an answer's text, in the form of Qwen3's chat template and the Hermes models (`call_format`).
 
-Qwen3's chat template asks for each call in the form of the Hermes models, a JSON object between two marks:
-
-    <tool_call>
-    {"name": "weather", "arguments": {"city": "Oslo"}}
-    </tool_call>
-
-The template separates a call from what precedes it by a newline, which belongs to the call here: text and calls,
-rendered again, give what the model wrote. Neither mark can stand inside a call; an opening one begins anew. Whatever is
-no such object, or never closes, stays text, and so do thoughts (`<think>`, at the very beginning, to `</think>`), in
-which a model may weigh a call that it then does not make.
+The newline before a call belongs to it: text and calls, rendered again by the template, give what the model wrote.
+Neither mark can stand inside a call; an opening one begins anew. Whatever is no such object, or never closes, stays
+text, and so do thoughts, at the very beginning alone.
 
 The result depends on the text alone, not on how it was cut. Held back are the possible beginning of a mark, and a call
 while it may become one: parts of one completion, whose length is bounded.
@@ -21,6 +14,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from hma_serve.core.call_format import CLOSING, OPENING, SEPARATOR, THOUGHTS, THOUGHTS_END
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.router.http import fields
 from hma_serve.router.http.strict_json import loads_object
@@ -66,13 +60,9 @@ class _Marks:
         return next((n for n in lengths if any(mark.startswith(text[-n:]) for mark in self._marks)), 0)
 
 
-_THOUGHTS = "<think>"
-_OPENING = ("\n<tool_call>", "<tool_call>")
-_CLOSING = "</tool_call>"
-
-_IN_THOUGHTS = _Marks("</think>")
-_IN_TEXT = _Marks(*_OPENING)
-_IN_CALL = _Marks(*_OPENING, _CLOSING)
+_IN_THOUGHTS = _Marks(THOUGHTS_END)
+_IN_TEXT = _Marks(SEPARATOR + OPENING, OPENING)
+_IN_CALL = _Marks(SEPARATOR + OPENING, OPENING, CLOSING)
 
 
 class ToolCallParser:
@@ -90,10 +80,10 @@ class ToolCallParser:
         """Takes the next piece of text; returns what is certain now."""
         text, self._held = self._held + piece, ""
         if self._awaited is None:
-            if len(text) < len(_THOUGHTS) and _THOUGHTS.startswith(text):
+            if len(text) < len(THOUGHTS) and THOUGHTS.startswith(text):
                 self._held = text
                 return Parsed("")
-            self._awaited = _IN_THOUGHTS if text.startswith(_THOUGHTS) else _IN_TEXT
+            self._awaited = _IN_THOUGHTS if text.startswith(THOUGHTS) else _IN_TEXT
         start = 0
         while (found := self._awaited.search(text, start)) is not None:
             self._take(text[start : found.start()])
@@ -123,7 +113,7 @@ class ToolCallParser:
                 self._give_up()
 
     def _take_mark(self, mark: str) -> None:
-        if mark in _OPENING:
+        if mark.endswith(OPENING):
             self._give_up()
             self._call, self._blank, self._awaited = [mark], True, _IN_CALL
         elif self._awaited is _IN_CALL and (call := _read("".join(self._call[1:]))) is not None:
