@@ -17,7 +17,7 @@ as it is in a step."""
 _COPY_BYTES = 1 << 30
 
 _WARM_US = 100e3
-"""Of replays before those that count: a GPU that waited for its data to be drawn has slowed its clocks down."""
+"""Of replays before those that count, so that clocks have settled."""
 
 
 def microseconds(works: Sequence[Work], *, repeats: int = 15) -> float:
