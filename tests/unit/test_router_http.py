@@ -408,6 +408,15 @@ async def test_a_structure_that_decode_refuses_is_named_as_it_was_sent(
         await assert_error(response, 400, "invalid_argument", name)
 
 
+async def test_so_is_one_that_decode_cannot_go_on_with(stack: Stack) -> None:
+    stack.decode.fail_after, stack.decode.failure = 2, InvalidArgument("it cannot be followed", field="structure")
+    body = {"prompt": "a", "stream": True, "max_tokens": 8, "guided_regex": "a+"}
+    response = await stack.client.post("/v1/completions", json=body)
+    assert response.status == 200
+    *_, last, done = (await response.text()).strip().split("\n\n")
+    assert (json.loads(last.removeprefix("data: "))["error"]["param"], done) == ("guided_regex", "data: [DONE]")
+
+
 async def test_newer_names_of_fields_are_refused_by_those_names(stack: Stack) -> None:
     for field, value in (("max_completion_tokens", 0), ("top_logprobs", 21)):
         body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, field: value}

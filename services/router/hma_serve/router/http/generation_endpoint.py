@@ -81,7 +81,7 @@ class GenerationEndpoint:
         answer = self._answer(prepared, body, self._completions.model.tokenizer, int(time.time()))
         async with aclosing(self._completions.run(prepared)) as events:
             if body.stream:
-                return await self._stream(request, body, answer, events)
+                return await self._stream(request, sent, answer, events, include_usage=body.include_usage)
             return await self._whole(answer, events)
 
     async def _whole(self, answer: Answer, events: AsyncGenerator[Event, None]) -> web.Response:
@@ -95,7 +95,13 @@ class GenerationEndpoint:
         return json_response(answer.whole(deltas, ends))
 
     async def _stream(
-        self, request: web.Request, body: GenerationBody, answer: Answer, events: AsyncGenerator[Event, None]
+        self,
+        request: web.Request,
+        sent: Mapping[str, Any],
+        answer: Answer,
+        events: AsyncGenerator[Event, None],
+        *,
+        include_usage: bool,
     ) -> web.StreamResponse:
         stream: _EventStream | None = None
         try:
@@ -110,10 +116,11 @@ class GenerationEndpoint:
         except HmaError as exc:
             if stream is None:
                 raise
+            exc.field = sent_name(exc.field, sent)
             return await stream.end(_sse(error_of(exc)))
         if stream is None:
             raise Internal("the completion ended without an event")
-        return await stream.end(_sse(answer.usage_chunk()) if body.include_usage else b"")
+        return await stream.end(_sse(answer.usage_chunk()) if include_usage else b"")
 
 
 class _EventStream:
