@@ -16,6 +16,7 @@ from hma_serve.decode.kernels.attention_call import (
     together,
 )
 from hma_serve.decode.kernels.fragment_order import arrange_plain
+from hma_serve.decode.kernels.page_kinds import BLOCK_FLOAT
 from hma_serve.decode.kernels.page_orders import fragment_page, packed_kind
 from hma_serve.decode.page_order import Role
 from hma_serve.quant import codec
@@ -45,17 +46,21 @@ def paged_case(
     k_format: str = "tt_bfp8_b",
     v_format: str = "tt_bfp8_b",
     offset: bool = False,
+    materialise: bool = False,
+    spread: int = 3,
     device: str = "cpu",
     seed: int = 0,
 ) -> PagedCase:
     """Sequences of (packed pages, plain tokens), their pages in any order.
 
-    The last `counts` plain tokens of each are asked about, by default one; together they are the shape's rows.
+    The last `counts` plain tokens of each are asked about, by default one; together they are the shape's rows. Vectors
+    are of unit variance times a power of two, up to `spread` either way. What was packed is BF16 in memory if it is to
+    materialise; the answer is that of what was packed all the same.
     """
     counts = counts or [1] * len(sequences)
     generator = torch.Generator(device).manual_seed(seed)
     kv, group, dim = shape.kv_heads, shape.group, shape.head_dim
-    k_kind, v_kind = packed_kind(k_format), packed_kind(v_format)
+    k_kind, v_kind = (BLOCK_FLOAT, BLOCK_FLOAT) if materialise else (packed_kind(k_format), packed_kind(v_format))
     assert k_kind is not None
     assert v_kind is not None
     packed_pages = sum(packed for packed, _ in sequences)
@@ -63,14 +68,20 @@ def paged_case(
 
     def noise(*size: int) -> torch.Tensor:
         x = torch.randn(*size, device=device, generator=generator)
-        return x * torch.exp2(torch.randint(-3, 4, size[:-1], device=device, generator=generator).float()).unsqueeze(-1)
+        power = torch.randint(-spread, spread + 1, size[:-1], device=device, generator=generator)
+        return x * torch.exp2(power.float()).unsqueeze(-1)
 
     def packed(page_format: str, keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
         units = codec(page_format).encode(noise(max(1, packed_pages), kv, 32, dim))
         values = codec(page_format).decode(units).double()
+        if materialise:
+            moved = values + offsets[:, None].double() if keys and offsets is not None else values
+            arranged = [arrange_plain(page.bfloat16(), keys).view(torch.uint8) for page in moved]
+            return torch.stack(arranged), values
         order = fragment_page(page_format, Role.K if keys else Role.V, dim)
         return order.arrange(units.flatten(2)), values
 
+    offsets = noise(kv, dim) if offset else None
     k_pages, k_values = packed(k_format, True)
     v_pages, v_values = packed(v_format, False)
     plain = noise(max(1, 2 * plain_pages), kv, 32, dim).bfloat16()
@@ -87,7 +98,6 @@ def paged_case(
             memory[head, where : where + page.shape[-1]] = page[head]
 
     q = noise(shape.rows, kv * group, dim).bfloat16()
-    offsets = noise(kv, dim) if offset else None
     expected = torch.zeros(shape.rows, kv * group, dim, dtype=torch.float64, device=device)
     rows = StepRows.empty(shape.rows, device)
     parts = PartMemory(shape.programs, shape.columns, dim, device)
@@ -114,7 +124,7 @@ def paged_case(
                 put(arrange_plain(last, keys).view(torch.uint8), place)
         at, plain_at = at + count, plain_at + tail_pages
         asked = slice(row, row + counts[number])
-        rows.slot[asked], rows.packed[asked] = slot, count
+        rows.slot[asked], rows.packed[asked] = slot, 0 if materialise else count
         length = 32 * count + tail - torch.arange(counts[number] - 1, -1, -1, device=device)
         rows.length[asked] = length.int()
         rows.more[asked] = torch.tensor(together(counts[number], shape.queries), dtype=torch.int32, device=device)
@@ -134,7 +144,7 @@ def paged_case(
     return PagedCase(
         work,
         parts,
-        QueryOperand.of(q, offsets),
+        QueryOperand.of(q, None if materialise else offsets),
         LayerPages(memory.view(torch.int32), tables[0], tables[1], k_kind, v_kind),
         expected,
         scale,

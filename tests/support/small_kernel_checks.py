@@ -51,6 +51,8 @@ def _gain(width: int) -> torch.Tensor:
 def norm_error(rows: int, width: int, parts: int, *, ptx: bool) -> float:
     """Of `residual_norm`: the residual and its norm; the sum of no parts is the residual alone."""
     hidden = torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    # A row whose mean square is near eps, alone.
+    hidden[-1] *= 1e-3
     delta, added = _product(max(1, parts), rows, width, 2)
     gain, out, residual = _gain(width), _poisoned(rows, width), hidden.clone().to(DEVICE)
     residual_norm[(rows,)](
@@ -122,7 +124,8 @@ class Projection:
             tables[:, slot[row], (length[row] - 1) // 32] = places[:, row].int()
         memory = torch.full((_KV_HEADS, (2 * rows + 1) * units * 8), _SENTINEL, dtype=torch.bfloat16, device=DEVICE)
         f16, bf16 = _poisoned(rows, heads, dim, dtype=torch.float16), _poisoned(rows, heads, dim)
-        factor, q_offset = (_poisoned(rows, heads, dtype=torch.float32) for _ in "fo")
+        # One row more than there are: the last head's factors must not run into what is behind them.
+        factor, q_offset = (_poisoned(rows + 1, heads, dtype=torch.float32) for _ in "fo")
         k_table, v_table = tables.to(DEVICE)
         project[(rows, _KV_HEADS)](
             qkv, q_gain.to(DEVICE), k_gain.to(DEVICE), cos_sin.to(DEVICE), f16, bf16, factor, q_offset,
@@ -140,14 +143,15 @@ class Projection:
         values = torch.stack([stored.take(Role.V, int(places[1, row]), int(length[row]) - 1) for row in range(rows)])
         errors = [
             _error(bf16[live], q[live]),
-            _error(f16[live].double() * factor[live].double()[..., None], q[live]),
+            _error(f16[live].double() * factor[:rows][live].double()[..., None], q[live]),
             _error(keys[live], k[live]),
             _error(values[live], v[live]),
         ]
         if self.offset:
             along = (q.view(rows, _KV_HEADS, group, dim) * offsets.double()[:, None]).sum(-1).flatten(1)
-            errors.append(_error(q_offset[live], along[live]))
+            errors.append(_error(q_offset[:rows][live], along[live]))
         untouched = torch.isnan(bf16[~live]).all() and (stored.rest() == _SENTINEL).all()
+        untouched &= torch.isnan(factor[rows]).all() and torch.isnan(q_offset[rows]).all()
         return max(errors) if untouched else math.inf
 
 

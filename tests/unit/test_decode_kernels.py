@@ -21,7 +21,7 @@ ROLES = pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(
     "program",
     [
-        *(["decode_kernel_checks", part] for part in ("single", "extend", "step", "placing")),
+        *(["decode_kernel_checks", part] for part in ("single", "extend", "materialise", "step", "placing")),
         ["small_kernel_checks"],
     ],
     ids=" ".join,

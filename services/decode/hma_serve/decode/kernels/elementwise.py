@@ -180,6 +180,9 @@ def project(
         value_at = tl.load(VTABLE + entry).to(tl.int64)
         cos = tl.load(COS_SIN + position * D + channel)[None, :]
         sin = tl.load(COS_SIN + position * D + half + channel)[None, :]
+        if OFFSET:
+            c_low = tl.load(K_OFFSET + head * D + channel)[None, :]
+            c_high = tl.load(K_OFFSET + head * D + half + channel)[None, :]
         q_low, q_high = _normed(q_low, q_high, Q_GAIN, channel, eps, D, kind)
         k_low, k_high = _normed(k_low, k_high, K_GAIN, channel, eps, D, kind)
         low, high = (q_low * cos - q_high * sin).to(kind), (q_high * cos + q_low * sin).to(kind)
@@ -195,8 +198,6 @@ def project(
         heads = row * (KV * G) + head * G + member
         tl.store(QSCALE + heads, ((exponent - 8) << 23).to(tl.float32, bitcast=True), mask=member < G)
         if OFFSET:
-            c_low = tl.load(K_OFFSET + head * D + channel)[None, :]
-            c_high = tl.load(K_OFFSET + head * D + half + channel)[None, :]
             tl.store(QOFFSET + heads, tl.sum(low * c_low, 1) + tl.sum(high * c_high, 1), mask=member < G)
         token = position % 32
         memory = MEMORY + head.to(tl.int64) * head_elements
