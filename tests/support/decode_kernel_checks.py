@@ -274,7 +274,7 @@ def product_error(rows: int, outputs: int, width: int, *, ptx: bool, gated: bool
 
 def many_pairs_error() -> float:
     """Of attention whose parts are added as for more (row, KV head)s than the interpreter can have."""
-    check = AttentionCheck([(2, 5), (0, 33)], head_dim=64, kv_heads=1, programs=9)
+    check = AttentionCheck([(9, 5), (17, 40)], head_dim=32, kv_heads=1, programs=40)
     with patch.object(attention_call, "_MERGES", attention_call._MERGES[-1:]):
         return check.run(ptx=False)
 
@@ -421,7 +421,7 @@ def main() -> None:
                     product_error(rows, *shape, ptx=False, gated=gated),
                     ATTENTION_ERROR,
                 )
-                for rows, shape in [(1, (37, 100)), (3, (37, 100)), (32, (70, 520)), (2, (96, 640))]
+                for rows, shape in [(1, (37, 100)), (3, (37, 100)), (32, (70, 520)), (2, (160, 896))]
                 for gated in (False, True)
             ),
         ]

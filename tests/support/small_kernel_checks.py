@@ -211,7 +211,7 @@ def main() -> None:
     }
     for case in (
         Projection(3, 4, 128, 4, True),
-        Projection(2, 5, 64),
+        Projection(3, 5, 64),
         Projection(2, 8, 128, 1, True),
         Projection(1, 2, 32, 2),
     ):
