@@ -3,7 +3,8 @@
 A batch decodes all the time; its tokens are timed where a router would get them, so that whatever delays one counts.
 Beside it one producer for each receiver, a process of the lowest priority, fills tickets again and again that it never
 commits, first as fast as it is taken. Where that costs too much, the rate is halved towards what does not. Each rate
-is measured in turn with nothing arriving, a few times, since machines have moods; medians are compared.
+is measured in turn with nothing arriving, a few times, since machines have moods, and either first by turns, since the
+batch's contexts grow; medians are compared.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ ALLOWED = 1.05
 STREAMS = 2
 """At a time for each receiver, as one waits for the engine between two prompts."""
 
-_HALVINGS = 3
-_TURNS = 3
+_HALVINGS = 4
+_TURNS = 4
 _POLL_SECONDS = 0.02
 _PHASE_SECONDS = 120.0
 
@@ -280,13 +281,16 @@ def _next_rate(points: Sequence[Point]) -> float | None:
 
 async def _point(batch: _Batch, producers: _Producers, count: int, rate: float) -> Point:
     arrived, alone, beside = [], [], []
-    for _ in range(_TURNS):
-        alone.append(await batch.p99())
+    for turn in range(_TURNS):
+        if turn % 2 == 0:
+            alone.append(await batch.p99())
         producers.say(count, str(rate / count))
         await asyncio.sleep(0.2)
         beside.append(await batch.p99())
         producers.say(count, "")
         arrived.append(sum(map(float, await asyncio.to_thread(producers.hear, count))))
+        if turn % 2 == 1:
+            alone.append(await batch.p99())
     return Point(*(statistics.median(each) for each in (arrived, alone, beside)))
 
 

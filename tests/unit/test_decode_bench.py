@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.decode import checks, products, step
+from bench.decode import checks, page, products, step
 from bench.decode.beside import points, unless_refused
 from bench.decode.pages import KINDS, page_bytes, random_pages
 from bench.decode.picture import picture
@@ -176,6 +176,16 @@ def test_a_run_writes_and_prints_what_it_found(
     printed = capsys.readouterr().out
     for line in ("test_a int8, of 3: 0.002 | 0.003", "fused: 2, 0.0625", "8B, 64: - 4.13", "8B bf16 32x16384: 21.56"):
         assert line in printed
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    assert page.with_tables(page.PAGE.read_text()) == page.PAGE.read_text(), "run python -m bench.decode.page"
+    assert page.steps_picture() == page.PICTURE.read_text()
+
+
+def test_all_figures_of_the_page_are_of_one_commit() -> None:
+    commits = {page.results(part)["provenance"] for part in ("attention", "steps", "beside", "extend", "products")}
+    assert len(commits) == 1
 
 
 def test_a_layers_transfer_is_the_median_of_all_prompts(tmp_path: Path) -> None:

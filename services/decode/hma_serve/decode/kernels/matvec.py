@@ -1,8 +1,8 @@
 """A matrix times one vector, at the rate at which the matrix arrives: a matrix library's smallest product is not.
 
 Arithmetic: float32 products and sums of BF16, rounded once: at most 3e-3 of the product, relative L2 against float64,
-asserted. Limits: the matrix's bytes; two float32 operations an element, in the time of about 28 in which it arrives
-(H200).
+asserted. Two limits: two bytes an element of the matrix, and two float32 operations, where an H200 does 28 while they
+arrive.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ Several query tokens of a sequence form a *block*: rows that follow one another 
 a head of a token, and there are as many *tiles* of eight columns as that takes. Packed tokens are older than any that
 asks, so only plain ones are masked, column by column.
 
+Two limits: the bytes of all pages, and instructions, of which there are half as many as fit into the time of the bytes
+(`half_page` has both, and the error).
+
 Packed pages do not change while a step runs, nor do lengths and tables, so a program finds its place and begins to load
 before the kernel in front of it, which writes queries and the step's own tokens, is over: half a page into registers,
 the other half and the first plain page into L2, where that kernel's stores arrive, too. The assembler moves loads

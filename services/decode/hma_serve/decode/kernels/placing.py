@@ -1,6 +1,7 @@
 """Puts units that arrived into pages, in the order of the attention kernel: `BytePage.arrange` and a scatter at once.
 
-Bound by launches: a block is about a megabyte, read and written once. What counts is that it is one launch and not ten,
+Two limits: bytes, a block's once read and once written (2.2 MB of 2,048 tokens of the 8B's keys: 1 us at 4.3 TB/s), and
+operations, about ten on integers a byte, as much. In fact launches bind it: what counts is that it is one and not ten,
 since the engine's thread makes them between two steps. Exact: bit for bit what `BytePage.arrange` gives.
 """
 

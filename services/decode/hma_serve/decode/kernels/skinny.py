@@ -6,7 +6,11 @@ here. The first columns are asked for, as far as L2, before the kernel in front,
 
 Arithmetic: BF16 operands, float32 sums on tensor cores (`wgmma`); parts stay float32 and are rounded once, when they
 have been added. So the error is that of one rounding to BF16: at most 3e-3 of the product, relative L2 against float64,
-asserted; 1.7e-3 seen. Limits: the matrix's bytes, and 2 rows of operations an element, far below what tensor cores do.
+asserted; 1.7e-3 seen. With the gate both halves, the SiLU and the product are rounded as the model does: at most 5e-3,
+3.7e-3 seen.
+
+Two limits: two bytes an element of the matrix, and two operations an element and row; at 32 rows the operations take a
+tenth of the time of the bytes.
 """
 
 from __future__ import annotations

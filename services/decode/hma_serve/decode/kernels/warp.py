@@ -24,7 +24,7 @@ LANES = tl.constexpr(32)
 
 @triton.jit
 def load_1(pointers, PTX: tl.constexpr):
-    """One int32 a lane; the memory must not change while the kernel runs."""
+    """One int32 a lane; nobody may have loaded it in this kernel before it was written for the last time."""
     if PTX:
         value = tl.inline_asm_elementwise(
             "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [pointers], dtype=tl.int32, is_pure=True, pack=1
