@@ -73,7 +73,7 @@ class AsyncClient:
             **options: See `Options`.
 
         Raises:
-            InvalidArgument: An option is out of its range.
+            InvalidArgument: The prompt or an option is of another kind or out of its range.
             PayloadTooLarge: The prompt is too long to be sent.
         """
         timeout = options.pop("timeout", None)

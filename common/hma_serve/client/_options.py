@@ -1,7 +1,7 @@
 """What a request may ask for, and its way into a message.
 
-Limits are checked here already, by the same values that the server checks them with (`core.request`), so that a wrong
-number costs no round trip. What was not asked for stays absent, and the server decides.
+Kinds are checked here, and limits already, by the same values that the server checks them with (`core.request`), so
+that a wrong value costs no round trip. What was not asked for stays absent, and the server decides.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any, NotRequired, SupportsIndex, TypedDict
 
 from google.protobuf import json_format
 
+from hma_serve.client import _kinds as kinds
 from hma_serve.client._channels import MAX_MESSAGE_BYTES
 from hma_serve.core.errors import InvalidArgument, PayloadTooLarge
 from hma_serve.core.request import MAX_TOKEN_ID, SamplingParams, Slo, StopConditions, Structure
 from hma_serve.v1 import common_pb2, inference_pb2
 
 MAX_COMPLETIONS = 32
+MAX_PRIORITY = 2**31 - 1
 
 
 class Message(TypedDict):
@@ -27,7 +29,7 @@ class Message(TypedDict):
 
     Attributes:
         role: `"system"`, `"user"`, `"assistant"`, or what else the model's template knows.
-        content: What was said.
+        content: What was said; an assistant may have said nothing.
         name: Who said it, where the template cares.
     """
 
@@ -89,9 +91,33 @@ class Options(TypedDict, total=False):
     timeout: float | None
 
 
+_TAKES = {
+    "model": kinds.TEXT,
+    "max_tokens": kinds.INTEGER,
+    "min_tokens": kinds.INTEGER,
+    "stop": kinds.TEXTS,
+    "stop_token_ids": kinds.TOKENS,
+    "include_stop": kinds.FLAG,
+    "ignore_eos": kinds.FLAG,
+    "temperature": kinds.NUMBER,
+    "top_p": kinds.NUMBER,
+    "top_k": kinds.INTEGER,
+    "min_p": kinds.NUMBER,
+    "repetition_penalty": kinds.NUMBER,
+    "presence_penalty": kinds.NUMBER,
+    "frequency_penalty": kinds.NUMBER,
+    "logit_bias": kinds.BIASES,
+    "seed": kinds.INTEGER,
+    "logprobs": kinds.INTEGER,
+    "structure": kinds.STRUCTURE,
+    "n": kinds.INTEGER,
+    "slo": kinds.SLO,
+    "priority": kinds.INTEGER,
+    "request_id": kinds.TEXT,
+}
 _SAMPLING = frozenset(field.name for field in fields(SamplingParams))
 _STOPPING = frozenset(field.name for field in fields(StopConditions)) - {"stop_strings"} | {"stop"}
-_OTHERS = frozenset({"model", "n", "slo", "priority", "request_id"})
+_OF_TOOLS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "tool_calls", "tool_call_id"})
 # Where absent is not the same as zero on the wire.
 _OPTIONAL_SAMPLING = ("temperature", "top_p", "repetition_penalty")
 
@@ -100,10 +126,11 @@ def text_or_tokens(prompt: str | Sequence[int], options: Mapping[str, Any]) -> i
     """The message that asks to continue a prompt.
 
     Raises:
-        InvalidArgument: A value is out of its range.
+        InvalidArgument: A value is of another kind or out of its range.
         PayloadTooLarge: The prompt does not fit a message.
         TypeError: There is no such option.
     """
+    kinds.PROMPT.check("prompt", prompt)
     if not len(prompt):
         raise InvalidArgument("the prompt is empty", field="prompt")
     with _texts_checked():
@@ -119,21 +146,42 @@ def conversation(
     messages: Iterable[Message], template_kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]
 ) -> inference_pb2.GenerateRequest:
     """The message that asks for the next turn of a conversation; raises like `text_or_tokens`."""
+    kinds.MESSAGES.check("messages", messages)
     with _texts_checked():
         request = _request(options)
-        for message in messages:
-            unknown = message.keys() - {"role", "content", "name"}
-            if unknown:
-                raise InvalidArgument(f"a message has no {sorted(unknown)[0]!r}", field="messages")
-            request.chat.messages.add(**message)
+        for position, message in enumerate(messages):
+            request.chat.messages.append(_message(message, f"messages[{position}]"))
     if not request.chat.messages:
         raise InvalidArgument("a conversation needs at least one message", field="messages")
-    if template_kwargs:
+    if template_kwargs is not None:
+        kinds.NAMED.check("template_kwargs", template_kwargs)
         try:
             json_format.ParseDict(dict(template_kwargs), request.chat.template_kwargs)
-        except json_format.ParseError as exc:
+        except (json_format.ParseError, TypeError) as exc:
             raise InvalidArgument("template_kwargs takes what JSON can say, by name", field="template_kwargs") from exc
     return _fitting(request)
+
+
+def _message(message: Mapping[str, Any], where: str) -> inference_pb2.ChatMessage:
+    kinds.MESSAGE.check(where, message)
+    unknown = message.keys() - {"role", "content", "name"}
+    if unknown:
+        name = min(unknown, key=str)
+        raise InvalidArgument(f"a message has no {name!r}{_elsewhere(name)}", field=where)
+    said = {name: value for name, value in message.items() if value is not None}
+    if said.get("role") == "assistant":
+        said.setdefault("content", "")
+    for name in ("role", "content"):
+        if name not in said:
+            raise InvalidArgument(f"{where} has no {name}", field=f"{where}.{name}")
+    for name, value in said.items():
+        kinds.TEXT.check(f"{where}.{name}", value)
+    return inference_pb2.ChatMessage(**said)
+
+
+def _elsewhere(name: object) -> str:
+    """Where to find what this API does not have."""
+    return ": tools are for HTTP alone (/v1/chat/completions)" if name in _OF_TOOLS else ""
 
 
 @contextlib.contextmanager
@@ -146,20 +194,25 @@ def _texts_checked() -> Iterator[None]:
 
 
 def _request(options: Mapping[str, Any]) -> inference_pb2.GenerateRequest:
-    unknown = options.keys() - _SAMPLING - _STOPPING - _OTHERS
+    unknown = options.keys() - _TAKES.keys()
     if unknown:
-        raise TypeError(f"there is no option {sorted(unknown)[0]!r}")
+        name = min(unknown)
+        raise TypeError(f"there is no option {name!r}{_elsewhere(name)}")
     given = {name: value for name, value in options.items() if value is not None}
-    n = given.get("n", 1)
+    for name, value in given.items():
+        _TAKES[name].check(name, value)
+    n, priority = given.get("n", 1), given.get("priority", 0)
     if not 1 <= n <= MAX_COMPLETIONS:
         raise InvalidArgument(f"n must be between 1 and {MAX_COMPLETIONS}, not {n}", field="n")
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidArgument(f"priority must be between -{MAX_PRIORITY} and {MAX_PRIORITY}", field="priority")
     slo: Slo = given.get("slo", Slo())
     return inference_pb2.GenerateRequest(
         model=given.get("model", ""),
         sampling=_sampling({name: given[name] for name in _SAMPLING & given.keys()}),
         stop=_stopping({name: given[name] for name in _STOPPING & given.keys()}),
         slo=slo.to_proto(),
-        priority=given.get("priority", 0),
+        priority=priority,
         client_request_id=given.get("request_id", ""),
         n=n,
     )

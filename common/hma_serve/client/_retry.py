@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hma_serve.client import _kinds as kinds
 from hma_serve.core.errors import HmaError, InvalidArgument, ResourceExhausted, Unavailable
 
 
@@ -47,8 +48,8 @@ class Deadline:
     """
 
     def __init__(self, timeout: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise InvalidArgument(f"timeout must be a positive number of seconds, not {timeout:g}", field="timeout")
+        if timeout is not None and not (kinds.NUMBER.holds(timeout) and 0 < timeout < math.inf):
+            raise InvalidArgument(f"timeout must be a positive number of seconds, not {timeout!r}", field="timeout")
         self.timeout = timeout
         self._clock = clock
         self._end = None if timeout is None else clock() + timeout

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hma_serve.client import _kinds as kinds
 from hma_serve.client._channels import parse_addresses
 from hma_serve.client._retry import Attempts, Deadline, RetryPolicy
 
@@ -37,6 +38,8 @@ class Settings:
         metadata: Mapping[str, str] | None,
     ) -> Settings:
         """Raises InvalidArgument when an argument cannot be right."""
+        kinds.TEXTS.check("address", address)
+        kinds.HEADERS.check("metadata", metadata or {})
         Deadline(timeout)
         return cls(parse_addresses(address), timeout, retry or RetryPolicy(), tuple((metadata or {}).items()))
 

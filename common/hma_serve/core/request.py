@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 from hma_serve.core.errors import InvalidArgument
 from hma_serve.v1 import common_pb2
@@ -30,7 +30,7 @@ MIN_OBJECTIVE_SECONDS = 1e-6
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:
         raise InvalidArgument(
             f"{name} must be between {_exact(low)} and {_exact(high)}, not {_exact(value)}", field=name
         )
@@ -67,6 +67,8 @@ class Structure:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in self.texts):
+            raise InvalidArgument(f"a {self.kind} is made of texts", field="structure")
         size = sum(len(text.encode("utf-8", "surrogatepass")) for text in self.texts)
         if size > MAX_STRUCTURE_BYTES:
             raise InvalidArgument(
@@ -101,6 +103,8 @@ class Structure:
     @classmethod
     def choice(cls, texts: Iterable[str]) -> Structure:
         """One of some texts."""
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            raise InvalidArgument("a choice is made of several texts", field="structure")
         return cls(StructureKind.CHOICE, tuple(texts))
 
     @classmethod
@@ -350,7 +354,9 @@ class Slo:
 
     def __post_init__(self) -> None:
         for name, value in (("ttft", self.ttft), ("tpot", self.tpot)):
-            if value is not None and not (math.isfinite(value) and value >= MIN_OBJECTIVE_SECONDS):
+            if value is not None and not (
+                isinstance(value, SupportsFloat) and MIN_OBJECTIVE_SECONDS <= value < math.inf
+            ):
                 raise InvalidArgument(
                     f"the {name} objective must be a number of seconds, {MIN_OBJECTIVE_SECONDS:g} or more",
                     field=f"slo.{name}",
