@@ -35,26 +35,41 @@ def reference(text: str) -> tuple[str, list[ToolCall]]:
 
     def without(block: re.Match[str]) -> str:
         try:
-            found = json.loads(block[1])
-            call = ToolCall(found["name"], json.dumps(found["arguments"]))
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(block[1] if block[2] else "")
+            call = ToolCall(found["name"], json.dumps(found.get("arguments", {})))
+        except (ValueError, KeyError):
+            return block[0]
+        if not call.name:
             return block[0]
         calls.append(call)
         return ""
 
     thoughts = re.match("(?s:<think>.*?(</think>|$))?", text)
     assert thoughts is not None
-    rest = re.sub("(?s)\n?<tool_call>((?:(?!</?tool_call>).)*)</tool_call>", without, text[thoughts.end() :])
-    return thoughts[0] + rest, calls
+    return thoughts[0] + BLOCK.sub(without, text[thoughts.end() :]), calls
 
 
+# A call as far as it may be one: strings are taken whole, with the marks in them, and have no ends of lines.
+STRING = r'"(?:[^"\\\x00-\x1f]|\\[^\x00-\x1f])*+'
+OUTSIDE = r'(?!\n?<tool_call>|</tool_call>)(?:\\[\\"]|[^"])'
+BLANKS = r"(?:(?!\n<tool_call>)\s)*+"
+CALL = rf'{BLANKS}(?:{{(?:{STRING}"|{OUTSIDE})*+(?:{STRING})?+)?+'
+BLOCK = re.compile(f"\n?<tool_call>({CALL})(</tool_call>)?")
 MARKUP = (OSLO, CLOCK, "<tool_call>", "</tool_call>", "<think>", "</think>", "\n", " ", "<tool", "_call>", "</", "a")
 BLOCKS = ('{"name": "f", "arguments": {}}', '{"name": "f", "argum', 'ents": {}}', '{"n": 1}', "{}", "[]", "x", '"', "}")
-texts = st.lists(st.sampled_from(MARKUP + BLOCKS), max_size=12).map("".join)
+STRINGS = ('{"name": "', '", "arguments": {"a": "', '"}}', "\\", '\\"', "\t", '"<tool_call>"', '"</tool_call>"')
+texts = st.lists(st.sampled_from(MARKUP + BLOCKS + STRINGS), max_size=12).map("".join)
+# Calls whose names and arguments are made of the same.
+signs = st.lists(st.sampled_from(MARKUP + BLOCKS + STRINGS), max_size=3).map("".join)
+calls_of_signs = st.builds(
+    lambda name, value: f"<tool_call>{json.dumps({'name': f'f{name}', 'arguments': {'a': value}})}</tool_call>",
+    signs,
+    signs,
+)
 
 
 @settings(deadline=None, max_examples=500)
-@given(texts, st.data())
+@given(texts | st.lists(calls_of_signs | texts, max_size=3).map("".join), st.data())
 def test_any_split_gives_the_same_result(text: str, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -174,7 +189,10 @@ def test_arguments_are_a_json_object(block: str, arguments: str) -> None:
         '{"name": "f", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}",
         '{"name": "f", "arguments": {"a": "b}}',
         '{"name": "f", "arguments": {}}, {"name": "g"}',
-        '{"name": "f", "arguments": {"a": "</tool_call>"}}',
+        '{"name": "f", "arguments": {"a": "b\n"}}',
+        '{"name": "f", "arguments": {"a": "b\\\n"}}',
+        '{"name": "f", "arguments": {"a": "<tool_call>}',
+        '{"name": "f", "arguments": \\"{"a": "b"}}',
         "{'name': 'f'}",
     ],
     ids=str.__len__,
@@ -182,7 +200,33 @@ def test_arguments_are_a_json_object(block: str, arguments: str) -> None:
 def test_what_is_no_call_stays_text(block: str) -> None:
     text = f"a\n<tool_call>{block}</tool_call>b"
     assert parsed(text) == (text, [])
-    assert parsed(f"{text}{OSLO}") == (text, [OSLO_CALL])
+    # No string of JSON goes on to the next line, so one that does not end costs no more.
+    assert parsed(f"{text}\n{OSLO}") == (text, [OSLO_CALL])
+
+
+@pytest.mark.parametrize("name", ["f", '" </tool_call> !', "\\", '<tool_call>"'])
+@pytest.mark.parametrize(
+    "value", ["</tool_call>", "<tool_call>", '"</tool_call>', "\\", f"\n{OSLO}\n", "\\\n</tool_call>"]
+)
+def test_marks_in_strings_are_part_of_the_call(name: str, value: str) -> None:
+    block = json.dumps({"name": name, "arguments": {"a": value, value: [value]}})
+    arguments = json.dumps({"a": value, value: [value]})
+    text = f"a\n<tool_call>{block}</tool_call>b"
+    assert parsed(text) == parsed(*text) == ("ab", [ToolCall(name, arguments)])
+    assert parsed(f"{text}{OSLO}") == ("ab", [ToolCall(name, arguments), OSLO_CALL])
+
+
+def test_a_string_that_goes_on_to_the_next_line_ends_the_wait() -> None:
+    parser = ToolCallParser()
+    assert parser.push('<tool_call>{"name": "</tool_call>').text == ""
+    assert parser.push("\n!").text == '<tool_call>{"name": "</tool_call>\n!'
+
+
+def test_many_marks_in_a_string_take_no_longer_than_other_text() -> None:
+    value = "</tool_call><tool_call>" * 50_000
+    written = json.dumps({"name": "f", "arguments": {"a": value}})
+    pieces = re.findall("(?s).{1,4}", f"<tool_call>{written}</tool_call>")
+    assert parsed(*pieces) == ("", [ToolCall("f", json.dumps({"a": value}))])
 
 
 def test_a_call_that_never_closes_comes_as_text_at_the_end() -> None:

@@ -1,8 +1,8 @@
 """The calls of tools in an answer's text, in the form of Qwen3's chat template and the Hermes models (`call_format`).
 
 The newline before a call belongs to it: text and calls, rendered again by the template, give what the model wrote.
-Neither mark can stand inside a call; an opening one begins anew. Whatever is no such object, or never closes, stays
-text, and so do thoughts, at the very beginning alone.
+Marks within the call's strings are part of them. Elsewhere in a call an opening one begins anew. Whatever is no such
+object, or never closes, stays text, and so do thoughts, at the very beginning alone.
 
 The result depends on the text alone, not on how it was cut. Held back are the possible beginning of a mark, and a call
 while it may become one: parts of one completion, whose length is bounded.
@@ -65,6 +65,27 @@ _IN_TEXT = _Marks(SEPARATOR + OPENING, OPENING)
 _IN_CALL = _Marks(SEPARATOR + OPENING, OPENING, CLOSING)
 
 
+class _Strings:
+    """Which strings of a JSON text are open, wherever it is cut."""
+
+    _signs = re.compile(r'(?s)\\.?|["\x00-\x1f]')
+
+    def __init__(self) -> None:
+        self.open = False
+        self._escape = ""
+
+    def go_on(self, text: str) -> bool:
+        """Reads more; False: a string has a character, such as the end of a line, that none can have."""
+        sign = ""
+        for sign in self._signs.findall(self._escape + text):
+            if sign == '"':
+                self.open = not self.open
+            elif self.open and sign[-1] < " ":
+                return False
+        self._escape = sign if sign == "\\" else ""
+        return True
+
+
 class ToolCallParser:
     """Finds the calls in one completion's text."""
 
@@ -73,6 +94,7 @@ class ToolCallParser:
         self._held = ""
         self._call: list[str] = []
         self._blank = False
+        self._strings = _Strings()
         self._text: list[str] = []
         self._calls: list[ToolCall] = []
 
@@ -111,11 +133,17 @@ class ToolCallParser:
             # A text that only mentions the mark is not held up.
             if begun[0] != "{":
                 self._give_up()
+                return
+        if not self._strings.go_on(text):
+            self._give_up()
 
     def _take_mark(self, mark: str) -> None:
-        if mark.endswith(OPENING):
+        # No string has the end of a line, so none has the separator.
+        if self._awaited is _IN_CALL and self._strings.open and not mark.startswith(SEPARATOR):
+            self._take(mark)
+        elif mark.endswith(OPENING):
             self._give_up()
-            self._call, self._blank, self._awaited = [mark], True, _IN_CALL
+            self._call, self._blank, self._strings, self._awaited = [mark], True, _Strings(), _IN_CALL
         elif self._awaited is _IN_CALL and (call := _read("".join(self._call[1:]))) is not None:
             self._calls.append(call)
             self._call, self._awaited = [], _IN_TEXT
