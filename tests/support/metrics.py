@@ -1,8 +1,10 @@
-"""Reading one value out of what a service tells Prometheus."""
+"""Reading what a service counts, from its metrics or from what it tells Prometheus."""
 
 from __future__ import annotations
 
 import re
+
+from prometheus_client import Counter
 
 
 def metric_in(text: str, name: str) -> float:
@@ -11,3 +13,9 @@ def metric_in(text: str, name: str) -> float:
     assert f"\n# TYPE {bare} " in f"\n{text}", f"{bare} is not among the metrics"
     labels = "" if "{" in name else r"(?:\{.*\})?"
     return sum(map(float, re.findall(rf"^{re.escape(name)}{labels} (\S+)$", text, re.MULTILINE)))
+
+
+def counted(metric: Counter) -> dict[tuple[str, ...], float]:
+    """A counter's values by their labels."""
+    samples = [sample for family in metric.collect() for sample in family.samples]
+    return {tuple(sample.labels.values()): sample.value for sample in samples if sample.name.endswith("_total")}

@@ -14,7 +14,6 @@ import grpc.aio
 import pytest
 from aiohttp import ClientResponse, ClientSession
 from google.protobuf.duration_pb2 import Duration
-from prometheus_client import Counter
 
 from hma_serve.core.errors import (
     DataLoss,
@@ -41,6 +40,7 @@ from hma_serve.text import TokenizingPool
 from hma_serve.v1 import inference_pb2, inference_pb2_grpc
 from support.fake_fleet import LONG, SHORT, TOKENS, request, running_fleet, token_ids, tokens
 from support.fake_workers import FakeDecode, running_pipeline, until
+from support.metrics import counted
 
 
 async def test_without_trouble_one_attempt_is_made() -> None:
@@ -220,12 +220,6 @@ async def test_a_bug_of_ours_is_counted_as_one(monkeypatch: pytest.MonkeyPatch) 
             await tokens(pipeline, request())
         assert counted(pipeline.metrics.requests) == {("internal",): 1}
         assert counted(pipeline.metrics.slo) == objectives("missed", 1)
-
-
-def counted(metric: Counter) -> dict[tuple[str, ...], float]:
-    """A counter's values by their labels."""
-    samples = [sample for family in metric.collect() for sample in family.samples]
-    return {tuple(sample.labels.values()): sample.value for sample in samples if sample.name.endswith("_total")}
 
 
 def objectives(outcome: str, completions: int) -> dict[tuple[str, ...], float]:
@@ -430,6 +424,7 @@ async def test_grpc_refuses_what_http_refuses() -> None:
                 [event async for event in stub.Generate(message)]
             assert raised.value.code() is status, raised.value
         assert fleet.calls() == [0, 0, 0, 0]
+        assert sum(counted(pipeline.metrics.requests).values()) == len(BAD)
         assert len([event async for event in stub.Generate(grpc_request())]) == TOKENS + 2
 
 

@@ -13,6 +13,7 @@ from hma_serve.core.errors import ERRORS, InvalidArgument
 from hma_serve.router.config import RouterConfig
 from hma_serve.router.http.openai_errors import HTTP_STATUSES
 from support.fake_workers import EOS, MODEL_NAME, VOCAB, WINDOW
+from support.metrics import counted
 from support.router_stack import JSON, MAX_BODY, Stack, assert_error, running_stack
 
 LONG = "It was a dark and stormy night, and the rain fell in torrents. "
@@ -415,6 +416,38 @@ async def test_so_is_one_that_decode_cannot_go_on_with(stack: Stack) -> None:
     assert response.status == 200
     *_, last, done = (await response.text()).strip().split("\n\n")
     assert (json.loads(last.removeprefix("data: "))["error"]["param"], done) == ("guided_regex", "data: [DONE]")
+
+
+UNREAD: list[tuple[str, bytes, dict[str, str]]] = [
+    ("unsupported_media_type", b"{}", {"Content-Type": "text/plain"}),
+    ("payload_too_large", b"a" * (MAX_BODY + 1), JSON),
+    ("invalid_argument", b"{", JSON),
+    ("invalid_argument", b"{}", JSON),
+    ("invalid_argument", b'{"prompt": "a", "top_p": 7}', JSON),
+    ("invalid_argument", b'{"prompt": "a"}', JSON | {"x-hma-slo-ttft-ms": "soon"}),
+    ("invalid_argument", b'{"prompt": ""}', JSON),
+    ("not_found", b'{"prompt": "a", "model": "another"}', JSON),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(("outcome", "body", "headers"), UNREAD)
+async def test_what_is_refused_is_counted_once_wherever_it_is(
+    stack: Stack, path: str, outcome: str, body: bytes, headers: dict[str, str]
+) -> None:
+    sent = body.replace(b'"prompt": "a"', b'"messages": [{"role": "user", "content": "a"}]') if "chat" in path else body
+    assert (await stack.client.post(path, data=sent, headers=headers)).status >= 400
+    assert counted(stack.pipeline.metrics.requests) == {(outcome,): 1}
+
+
+async def test_a_body_that_grows_too_large_or_comes_too_slowly_is_counted(stack: Stack) -> None:
+    async def chunks(size: int) -> AsyncIterator[bytes]:
+        yield b"a" * size
+        await asyncio.sleep(30)
+
+    for size in (MAX_BODY + 1, 1):
+        await stack.client.post("/v1/completions", data=chunks(size), headers=JSON)
+    assert counted(stack.pipeline.metrics.requests) == {("payload_too_large",): 1, ("deadline_exceeded",): 1}
 
 
 async def test_newer_names_of_fields_are_refused_by_those_names(stack: Stack) -> None:

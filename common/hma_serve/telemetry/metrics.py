@@ -86,7 +86,7 @@ def router_metrics(registry: CollectorRegistry = REGISTRY) -> RouterMetrics:
         return Histogram(f"hma_router_{name}", text, labels, registry=registry, buckets=buckets)
 
     return RouterMetrics(
-        requests=counter("requests_total", "Requests ended, by outcome: ok or the error's code.", "outcome"),
+        requests=counter("requests_total", "Requests ended, by outcome: ok, cancelled or the error's code.", "outcome"),
         request_seconds=histogram("request_seconds", "From arrival to the last token.", _REQUEST_BUCKETS),
         queue_seconds=histogram("queue_seconds", "From arrival until a pair of workers had room.", _TTFT_BUCKETS),
         time_to_first_token_seconds=histogram(

@@ -11,8 +11,8 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -257,6 +257,15 @@ class Completions:
         return True
 
     # Validation.
+
+    @contextmanager
+    def counting_unreadable(self) -> Iterator[None]:
+        """Around whatever reads a request, up to `prepare`: counts one that is refused there."""
+        try:
+            yield
+        except HmaError as exc:
+            self._metrics.requests.labels(exc.code).inc()
+            raise
 
     async def prepare(self, request: CompletionRequest) -> Prepared:
         """Validates and tokenizes; counts a refused request.

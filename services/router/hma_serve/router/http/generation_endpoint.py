@@ -61,9 +61,10 @@ class GenerationEndpoint:
             return await self._post(request, span)
 
     async def _post(self, request: web.Request, span: Span) -> web.StreamResponse:
-        caller = Caller(request_id_of(request), slo_of(request.headers))
         limits = self._limits
-        sent = await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout)
+        with self._completions.counting_unreadable():
+            caller = Caller(request_id_of(request), slo_of(request.headers))
+            sent = await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout)
         try:
             return await self._answer_to(request, sent, caller, span)
         except HmaError as exc:
@@ -73,10 +74,10 @@ class GenerationEndpoint:
     async def _answer_to(
         self, request: web.Request, sent: Mapping[str, Any], caller: Caller, span: Span
     ) -> web.StreamResponse:
-        body = self._read(sent, caller)
-        prepared = await self._completions.prepare(
-            replace(body.request, trace=span.trace, tenant=self._completions.tenants.read(request.headers.get))
-        )
+        with self._completions.counting_unreadable():
+            body = self._read(sent, caller)
+            tenant = self._completions.tenants.read(request.headers.get)
+        prepared = await self._completions.prepare(replace(body.request, trace=span.trace, tenant=tenant))
         span.set(**prepared.attributes)
         answer = self._answer(prepared, body, self._completions.model.tokenizer, int(time.time()))
         async with aclosing(self._completions.run(prepared)) as events:

@@ -58,12 +58,11 @@ def http_refusal(code: str, message: str) -> web.Response:
 
 
 def http_error_response(error: web.HTTPException) -> web.Response:
-    """What aiohttp itself refuses: no such path, wrong method, a body above the limit."""
-    codes = {404: "unknown_url", 405: "method_not_allowed", 413: "payload_too_large", 417: "expectation_failed"}
+    """What aiohttp itself refuses: no such path, wrong method, an odd expectation."""
+    codes = {404: "unknown_url", 405: "method_not_allowed", 417: "expectation_failed"}
     messages = {
         404: "there is nothing at this path; see /v1/models, /v1/completions, /v1/chat/completions",
         405: "this path does not take this method",
-        413: "the body is larger than this server accepts",
         417: "the only expectation that can be met is 100-continue",
     }
     message = messages.get(error.status, error.reason)

@@ -69,6 +69,8 @@ async def read_json_body(request: web.Request, *, limit: int, timeout: float) ->
     try:
         async with asyncio.timeout(timeout):
             body = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise PayloadTooLarge(f"the body has more bytes than the {limit} that --max-body-bytes accepts") from None
     except web.RequestPayloadError as exc:
         raise InvalidArgument("the body is not framed as its headers say") from exc
     except TimeoutError:
