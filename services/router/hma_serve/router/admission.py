@@ -1,11 +1,12 @@
 """Where requests wait: a bounded queue in front of the fleet.
 
 A request that can be placed now never waits. One that cannot is queued until the fleet has room, and is shed when the
-queue is full, when it would certainly wait for longer than it may at the pace at which the queue moves, or when its
-time is up (overload: RESOURCE_EXHAUSTED, come back later), or when no worker that is alive could serve it
-(UNAVAILABLE). A full queue is no privilege of those who filled it: who comes with a higher priority, or of a tenant
-that has less in it, takes the place of the last. The queue is looked at after every change of the fleet and at no other
-time, so nothing polls.
+queue is full, when at the pace at which the queue moves (`line_pace.py`) it would wait for longer than it may, or when
+its time is up (overload: RESOURCE_EXHAUSTED, come back later), or when no worker that is alive could serve it
+(UNAVAILABLE). The pace is asked on arrival, and again of those who wait, since the first of them came before it was
+known; then the doubt is in their favour. A full queue is no privilege of those who filled it: who comes with a higher
+priority, or of a tenant that has less in it, takes the place of the last. The queue is looked at after every change of
+the fleet and at no other time, so nothing polls.
 
 Two lines are kept, one for requests that need a prefill worker and one for the others, because a full prefill pool
 must not hold up a prompt that only decode touches. Within a line (`line.py`) the order is strict: the first waits for
@@ -22,23 +23,24 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from hma_serve.core.errors import ContextLengthExceeded, DeadlineExceeded, HmaError, ResourceExhausted, Unavailable
 from hma_serve.router.fleet import Fleet
 from hma_serve.router.line import Line, Waiter
+from hma_serve.router.line_pace import LinePace
 from hma_serve.router.placement import Demand, Placement, Reject, Why, place
 
 _RETRY_WHEN_FULL = 1.0
 _RETRY_WHEN_NOBODY = 2.0
 _LONGEST_RETRY = 60.0
 
-# Admissions after which a line's pace is believed, and from how many of the last it is taken: requests of one batch
-# often end together, so it takes several batches to see how fast they come.
-_PACE_KNOWN_AFTER = 8
-_PACE_OF = 1024
+# How often those who wait are looked through for whom waiting is in vain, and how many are told so at a time: a line of
+# thousands takes milliseconds, and what a pace of a moment says of too many, the next may take back.
+_LOOK_SECONDS = 1.0
+_GIVEN_UP_AT_ONCE = 100
 
 
 class Shed(ResourceExhausted):
@@ -127,34 +129,58 @@ class _Queue:
 
     def __init__(self) -> None:
         self.line: Line[_Turn] = Line()
-        self._since = 0.0
-        self._admitted: deque[float] = deque()
+        self.pace = LinePace()
+        self._look_again = 0.0
 
-    def add(self, waiter: Waiter[_Turn], now: float) -> None:
-        """Lets one wait. A pace is learnt anew each time that a line forms: the fleet may be another by then."""
+    def add(self, waiter: Waiter[_Turn], fleet: Fleet, now: float) -> None:
+        """Lets one wait."""
         if not len(self.line):
-            self._since = now
-            self._admitted.clear()
+            self.pace.begin(now, fleet.open)
         self.line.add(waiter)
 
-    def admitted(self, now: float) -> None:
-        """Its first got room."""
-        self._admitted.append(now)
-        if len(self._admitted) > _PACE_OF:
-            self._since = self._admitted.popleft()
+    def remove(self, waiter: Waiter[_Turn], now: float) -> bool:
+        """Lets one go; whether it waited."""
+        waited = self.line.remove(waiter)
+        if waited and not len(self.line):
+            self.pace.end(now)
+        return waited
 
-    def wait(self, ahead: int) -> float:
-        """Seconds until so many got their turn; 0 while the pace is not known."""
-        if len(self._admitted) < _PACE_KNOWN_AFTER:
-            return 0.0
-        return ahead * (self._admitted[-1] - self._since) / len(self._admitted)
+    def serve(self, waiter: Waiter[_Turn], now: float) -> None:
+        """Its first got room."""
+        self.line.serve(waiter)
+        self.pace.moved(now)
+        if not len(self.line):
+            self.pace.end(now)
+
+    def hopeless(self, fleet: Fleet, now: float) -> Iterable[tuple[Waiter[_Turn], int]]:
+        """Those whose turn cannot come in time, each with how many are ahead: now and then, and the last few of them.
+
+        Whoever cannot be served takes no turn of those behind it. A stream that goes on is never given up for this.
+        """
+        if now < self._look_again or not len(self.line):
+            return ()
+        self._look_again = now + _LOOK_SECONDS
+        self.pace.under(fleet.open, now)
+        forecast = self.pace.forecast()
+        if forecast is None:
+            return ()
+        found, ahead = deque[tuple[Waiter[_Turn], int]](maxlen=_GIVEN_UP_AT_ONCE), 0
+        for waiter in self.line.in_order():
+            left = waiter.payload.due - now
+            if left > 0 and not waiter.payload.resumed and forecast.in_vain(ahead, left):
+                found.append((waiter, ahead))
+            else:
+                ahead += 1
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """What a waiter carries: its request, and where its room is put."""
+    """What a waiter carries: its request, when it gives up, whether it is in mid-sentence, where its room is put."""
 
     demand: Demand
+    due: float
+    resumed: bool
     room: asyncio.Future[Held]
 
 
@@ -207,9 +233,9 @@ class Admission:
         due = min(claim.deadline, claim.arrived + self._max_wait)
         loop = asyncio.get_running_loop()
         now = loop.time()
-        if now >= due:
-            raise self._too_late(claim.deadline <= due, 0.0)
         queue = self._pairs if claim.demand.packed_tokens else self._decode_only
+        if now >= due:
+            raise self._too_late(queue, claim.deadline <= due)
         waiter = self._waiter(claim, due)
         busy = "other requests wait already"
         if not len(queue.line):
@@ -236,20 +262,16 @@ class Admission:
             arrival=next(self._arrivals),
             tenant=claim.tenant,
             tokens=claim.demand.total_tokens,
-            payload=_Turn(claim.demand, asyncio.get_running_loop().create_future()),
+            payload=_Turn(claim.demand, due, claim.resumed, asyncio.get_running_loop().create_future()),
         )
 
     def _shed_early(self, queue: _Queue, newcomer: Waiter[_Turn], patience: float, busy: str) -> None:
         """Says now what waiting would only say later."""
         ahead = queue.line.ahead(newcomer)
-        wait = queue.wait(ahead)
-        if wait > patience:
-            raise WouldWaitTooLong(
-                f"{ahead} requests are ahead, about {wait:.0f} s; this one may wait {patience:.0f} s",
-                retry_after=_retry_after(wait - patience),
-            )
+        if queue.pace.wait(ahead) > patience:
+            raise _would_wait(queue, ahead, patience)
         if self.waiting >= self._max_waiting and not self._make_room(newcomer):
-            raise _full(busy, wait)
+            raise self._full(queue, busy, ahead)
 
     def _make_room(self, newcomer: Waiter[_Turn]) -> bool:
         """Sheds who has less of a right to wait than the newcomer, if there is one."""
@@ -258,8 +280,8 @@ class Admission:
         has_more = self._of(victim.tenant) > self._of(newcomer.tenant) + 1
         if newcomer.rank > victim.rank or (newcomer.rank == victim.rank and not has_more):
             return False
-        _give_up(victim.payload, _full("another request goes before this one", queue.wait(len(queue.line))))
-        queue.line.remove(victim)
+        _give_up(victim.payload, self._full(queue, "another request goes before this one", len(queue.line)))
+        queue.remove(victim, asyncio.get_running_loop().time())
         return True
 
     def _of(self, tenant: str) -> int:
@@ -268,7 +290,8 @@ class Admission:
 
     async def _wait(self, queue: _Queue, waiter: Waiter[_Turn]) -> Held:
         turn = waiter.payload
-        queue.add(waiter, asyncio.get_running_loop().time())
+        loop = asyncio.get_running_loop()
+        queue.add(waiter, self._capacity.fleet, loop.time())
         # It may have become the first in line, and may fit where the one behind it does not.
         self._serve()
         try:
@@ -279,39 +302,47 @@ class Admission:
                 turn.room.result().release()
             raise
         finally:
-            if queue.line.remove(waiter):
+            if queue.remove(waiter, loop.time()):
                 self._serve()
 
     def _serve(self) -> None:
         """Places waiters of both lines, whoever of the two firsts is next, until both have to go on waiting."""
         while any(self._serve_first(queue) for queue in self._in_order()):
             pass
+        for queue in (self._pairs, self._decode_only):
+            self._give_up_hopeless(queue)
+
+    def _give_up_hopeless(self, queue: _Queue) -> None:
+        """Says as soon as it is known what waiting would only say later."""
+        now = asyncio.get_running_loop().time()
+        for waiter, ahead in queue.hopeless(self._capacity.fleet, now):
+            _give_up(waiter.payload, _would_wait(queue, ahead, waiter.payload.due - now))
+            queue.remove(waiter, now)
 
     def _serve_first(self, queue: _Queue) -> bool:
         """Places or refuses the first, if there is one; whether the next may be looked at."""
         waiter = queue.line.first()
         if waiter is None:
             return False
-        turn = waiter.payload
+        turn, now = waiter.payload, asyncio.get_running_loop().time()
         if turn.room.done():
-            queue.line.remove(waiter)
+            queue.remove(waiter, now)
             return True
         try:
             outcome = self._place(waiter, queue)
         except Exception as exc:
             # A bug is told to the request that shows it; whoever woke the queue goes on.
-            queue.line.remove(waiter)
+            queue.remove(waiter, now)
             turn.room.set_exception(exc)
             return True
         if isinstance(outcome, Placement):
-            queue.line.serve(waiter)
-            queue.admitted(asyncio.get_running_loop().time())
+            queue.serve(waiter, now)
             self._served_last = queue
             turn.room.set_result(self._capacity.hold(outcome, turn.demand))
         elif outcome.why is Why.BUSY:
             return False
         else:
-            queue.line.remove(waiter)
+            queue.remove(waiter, now)
             turn.room.set_exception(_refusal(outcome))
         return True
 
@@ -341,12 +372,34 @@ class Admission:
         return rival if (self._served_last is queue if turns else rival < waiter) else None
 
     def _time_is_up(self, queue: _Queue, turn: _Turn, deadline_passed: bool) -> None:
-        _give_up(turn, self._too_late(deadline_passed, queue.wait(len(queue.line))))
+        _give_up(turn, self._too_late(queue, deadline_passed))
 
-    def _too_late(self, deadline_passed: bool, wait: float) -> HmaError:
+    def _too_late(self, queue: _Queue, deadline_passed: bool) -> HmaError:
         if deadline_passed:
             return DeadlineExceeded("the deadline passed while the request waited for a worker")
-        return WaitedTooLong(f"no worker had room within {self._max_wait:g} s", retry_after=_retry_after(wait))
+        return WaitedTooLong(
+            f"no worker had room within {self._max_wait:g} s", retry_after=_until_moved(queue, len(queue.line))
+        )
+
+    def _full(self, queue: _Queue, why: str, ahead: int) -> QueueFull:
+        return QueueFull(
+            f"the queue is full: {self.waiting} requests wait, --max-waiting allows {self._max_waiting} ({why}); "
+            "try again later",
+            retry_after=_until_moved(queue, ahead),
+        )
+
+
+def _would_wait(queue: _Queue, ahead: int, patience: float) -> WouldWaitTooLong:
+    wait = queue.pace.wait(ahead)
+    return WouldWaitTooLong(
+        f"{ahead} requests are ahead, about {wait:.0f} s; this one may wait {patience:.0f} s",
+        retry_after=_retry_after(wait - patience),
+    )
+
+
+def _until_moved(queue: _Queue, ahead: int) -> float:
+    """Seconds after which to come again: until so many that wait now will have had their turn."""
+    return _retry_after(queue.pace.guess(ahead, asyncio.get_running_loop().time()))
 
 
 def _retry_after(wait: float) -> float:
@@ -356,10 +409,6 @@ def _retry_after(wait: float) -> float:
 def _give_up(turn: _Turn, error: HmaError) -> None:
     if not turn.room.done():
         turn.room.set_exception(error)
-
-
-def _full(why: str, wait: float) -> QueueFull:
-    return QueueFull(f"the queue is full ({why}); try again later", retry_after=_retry_after(wait))
 
 
 def _refusal(reject: Reject) -> HmaError:

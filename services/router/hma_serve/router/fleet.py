@@ -215,6 +215,11 @@ class Fleet:
         )
 
     @property
+    def open(self) -> frozenset[str]:
+        """Instances that take new work."""
+        return frozenset(view.info.instance for view in (*self.prefills, *self.decodes) if view.open)
+
+    @property
     def max_model_len(self) -> int | None:
         """The largest window (prompt plus completion, tokens) that any decode offers; None without decodes."""
         return max((view.window for view in self.decodes), default=None)

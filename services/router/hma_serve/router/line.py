@@ -8,7 +8,9 @@ level with the others, so nobody saves up; one tenant alone is served by deadlin
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -34,6 +36,10 @@ class Waiter(Generic[Payload]):
     tenant: str = field(compare=False)
     tokens: int = field(compare=False)
     payload: Payload = field(compare=False)
+
+
+def _turn(waiter: Waiter[Payload], spent: Mapping[str, int]) -> tuple[tuple[int, int], int, float, int]:
+    return waiter.rank, spent[waiter.tenant], waiter.urgent_by, waiter.arrival
 
 
 def _rank(waiter: Waiter[Payload]) -> tuple[int, int]:
@@ -62,7 +68,23 @@ class Line(Generic[Payload]):
     def first(self) -> Waiter[Payload] | None:
         """The one that is next; None when nobody waits."""
         heads = (waiters[0] for waiters in self._waiting.values())
-        return min(heads, key=self._turn, default=None)
+        return min(heads, key=lambda waiter: _turn(waiter, self._spent), default=None)
+
+    def in_order(self) -> Iterator[Waiter[Payload]]:
+        """All of them as they will be served if nobody comes or leaves; the line must not change meanwhile."""
+        spent = dict(self._spent)
+        left = {tenant: iter(waiters[1:]) for tenant, waiters in self._waiting.items()}
+        heads = [(_turn(waiters[0], spent), waiters[0]) for waiters in self._waiting.values()]
+        heapq.heapify(heads)
+        while heads:
+            waiter = heads[0][1]
+            yield waiter
+            spent[waiter.tenant] += waiter.tokens
+            following = next(left[waiter.tenant], None)
+            if following is None:
+                heapq.heappop(heads)
+            else:
+                heapq.heapreplace(heads, (_turn(following, spent), following))
 
     def last(self) -> Waiter[Payload] | None:
         """The one that makes room in a full line: of the lowest rank, of who has most there, the last."""
@@ -108,9 +130,6 @@ class Line(Generic[Payload]):
         waiters = self._waiting.get(tenant, [])
         better = bisect_left(waiters, rank, key=_rank)
         return better, bisect_right(waiters, rank, key=_rank) - better
-
-    def _turn(self, waiter: Waiter[Payload]) -> tuple[tuple[int, int], int, float, int]:
-        return waiter.rank, self._spent[waiter.tenant], waiter.urgent_by, waiter.arrival
 
     def _level(self) -> int:
         """What the least served of those who wait got; new ones start there."""
