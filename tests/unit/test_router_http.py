@@ -236,7 +236,8 @@ REFUSED: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("huge id", {"prompt": [2**70]}, 400, "invalid_argument", "prompt"),
     ("deep ids", {"prompt": [[[1]]]}, 400, "invalid_argument", "prompt"),
     ("lone surrogate", {"prompt": "a\ud800"}, 400, "invalid_argument", "prompt"),
-    ("too many prompts", {"prompt": ["a"] * 33}, 400, "invalid_argument", "n"),
+    ("too many prompts", {"prompt": ["a"] * 33}, 400, "invalid_argument", "prompt"),
+    ("too many copies", {"prompt": ["a"] * 17, "n": 2}, 400, "invalid_argument", "n"),
     ("too long", {"prompt": "a" * WINDOW}, 400, "context_length_exceeded", "prompt"),
     ("no room", {"prompt": "a" * 500, "max_tokens": 13}, 400, "context_length_exceeded", "max_tokens"),
     ("unknown model", {"prompt": "a", "model": "gpt-9"}, 404, "model_not_found", "model"),
@@ -324,6 +325,24 @@ async def test_a_broken_body_is_refused(stack: Stack, body: bytes) -> None:
     response = await stack.client.post("/v1/completions", data=body, headers=JSON)
     await assert_error(response, 400, "invalid_argument", None)
     assert await stack.complete(prompt="the next one works")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is empty; it must be a JSON object"),
+        (b" \r\n", "the body is empty; it must be a JSON object"),
+        (b'{"prompt": "a", "max_tokens": 0}', "max_tokens must be between 1 and the model's window, not 0"),
+        (
+            b'{"prompt": ' + json.dumps(["a"] * 5_000).encode() + b"}",
+            "a request may ask for 1 to 32 completions, prompts times n, not 5000",
+        ),
+    ],
+    ids=["empty", "blank", "no tokens", "prompts"],
+)
+async def test_what_a_first_mistake_is_told(stack: Stack, body: bytes, message: str) -> None:
+    response = await stack.client.post("/v1/completions", data=body, headers=JSON)
+    assert (await response.json())["error"]["message"] == message
 
 
 async def test_overflowing_floats_are_out_of_range(stack: Stack) -> None:

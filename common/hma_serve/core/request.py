@@ -299,8 +299,11 @@ class StopConditions:
     include_stop: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None:
-            _within("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
+        if self.max_tokens is not None and not 1 <= self.max_tokens <= MAX_TOKEN_ID:
+            # Every model's window is below what fits the message.
+            raise InvalidArgument(
+                f"max_tokens must be between 1 and the model's window, not {self.max_tokens}", field="max_tokens"
+            )
         _within("min_tokens", self.min_tokens, 0, MAX_TOKEN_ID)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidArgument("min_tokens must not exceed max_tokens", field="min_tokens")

@@ -289,8 +289,12 @@ class Completions:
         model = self.model_name(request.model)
         if not request.prompts:
             raise InvalidArgument("prompt must not be empty", field="prompt")
-        if request.n < 1 or request.n * len(request.prompts) > MAX_COMPLETIONS:
-            raise InvalidArgument(f"n times prompts must be between 1 and {MAX_COMPLETIONS}", field="n")
+        wanted = request.n * len(request.prompts)
+        if not 1 <= wanted <= MAX_COMPLETIONS:
+            raise InvalidArgument(
+                f"a request may ask for 1 to {MAX_COMPLETIONS} completions, prompts times n, not {wanted}",
+                field="prompt" if request.n == 1 else "n",
+            )
         self._check_vocabulary(request.sampling.logit_bias, "logit_bias")
         self._check_vocabulary(request.stop.stop_token_ids, "stop_token_ids")
         with request.trace.span(TOKENIZE):

@@ -17,8 +17,10 @@ def loads_object(body: bytes) -> dict[str, Any]:
     """Parses a body that must be one JSON object.
 
     Raises:
-        InvalidArgument: It is not UTF-8, not JSON, nested too deeply, or not an object.
+        InvalidArgument: It is empty, not UTF-8, not JSON, nested too deeply, or not an object.
     """
+    if not body.strip():
+        raise InvalidArgument("the body is empty; it must be a JSON object")
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as exc:
