@@ -2,16 +2,19 @@
 
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import httpx
 import pytest
 
 from hma_serve.cli import up
+from hma_serve.core.errors import InvalidArgument
 from support.cluster import command, environment, free_port, running_cluster, survivors
 
 
@@ -19,6 +22,13 @@ def run_up(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[
     return subprocess.run(
         command("up", *arguments), capture_output=True, text=True, env=environment(), timeout=timeout, check=False
     )
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `up` makes the directory that it was given none of."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
 
 
 def test_ctrl_c_drains_exits_0_and_leaves_no_process(tmp_path: Path) -> None:
@@ -32,6 +42,7 @@ def test_ctrl_c_drains_exits_0_and_leaves_no_process(tmp_path: Path) -> None:
         assert cluster.interrupt() == 0, cluster.output
         assert survivors(pids) == []
     assert "killed" not in cluster.output
+    assert re.search(r"draining, for [0-9]+ s at most; Ctrl-C again ends it at once", cluster.output)
 
 
 def test_a_killed_up_takes_its_processes_along(tmp_path: Path) -> None:
@@ -120,11 +131,36 @@ def test_a_damaged_checkpoint_ends_with_the_reason(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_an_etcd_that_does_not_answer_is_named() -> None:
+def test_an_etcd_that_does_not_answer_is_named(temporary: Path) -> None:
     result = run_up("--etcd", "http://127.0.0.1:1", "--http-port", "0", "--grpc-port", "0")
     assert result.returncode == 1
     assert "etcd" in result.stderr
     assert "--etcd" in result.stderr
+    assert list(temporary.iterdir()) == []
+
+
+def test_logs_that_an_error_points_to_stay(temporary: Path) -> None:
+    result = run_up("--router-arg=--max-waiting=no", "--http-port", "0", "--grpc-port", "0", "--etcd-port", "0")
+    assert result.returncode == 1
+    [log] = temporary.glob("hma-serve-*/logs/router.log")
+    assert f"router ended with status 2; the end of its log ({log}):" in result.stderr
+
+
+@pytest.mark.parametrize("count", ["0", "1"])
+def test_a_profile_that_prefill_has_not_is_found_before_anything_starts(count: str) -> None:
+    arguments = ["--prefill", count, "--prefill-profile", "nope", "--etcd", "http://127.0.0.1:1"]
+    result = run_up(*arguments, "--http-port", "0", "--grpc-port", "0")
+    assert result.returncode == 1
+    assert ("unknown profile 'nope'; choose one of " in result.stderr) == (count == "1")
+    assert ("starting" in result.stdout) == (count == "0")
+
+
+def test_profiles_of_ones_own_are_known(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="mine"):
+        up.parse_config(["--prefill-profile", "mine"])
+    built_in = files("hma_serve.prefill").joinpath("profile_data", "bf16.toml").read_text()
+    (tmp_path / "mine.toml").write_text(built_in.replace('"bf16"', '"mine"', 1))
+    assert up.parse_config(["--prefill-profile", "mine", f"--prefill-arg=--profiles={tmp_path}"])
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ from pathlib import Path
 from hma_serve.checkpoint import add_model_arguments, resolve_checkpoint
 from hma_serve.cli.asking import leave_stdout
 from hma_serve.cli.children import Children, describe_end
-from hma_serve.core.errors import FailedPrecondition, InvalidArgument, Unavailable
+from hma_serve.core.errors import FailedPrecondition, HmaError, InvalidArgument, Unavailable
 from hma_serve.core.worker import WorkerInfo
+from hma_serve.prefill.config import build_parser as build_prefill_parser
+from hma_serve.prefill.profiles import find_profile
 from hma_serve.registry import Tls, Watcher, open_store
 from hma_serve.registry.local_etcd import LocalEtcd
 from hma_serve.rpc import TlsConfig
@@ -151,6 +153,9 @@ def parse_config(argv: Sequence[str]) -> UpConfig:
     for flag, seconds in (("--drain-grace", args.drain_grace), ("--start-timeout", args.start_timeout)):
         if not 0 <= seconds < MAX_SECONDS:
             raise InvalidArgument(f"{flag} must be between 0 and {MAX_SECONDS} seconds, not {seconds:g}", field=flag)
+    if args.prefill:
+        prefill = build_prefill_parser().parse_args(["--profile", args.prefill_profile, *args.prefill_arg])
+        find_profile(prefill.profile, prefill.profiles)
     return UpConfig(
         model=args.model,
         prefill=args.prefill,
@@ -210,19 +215,21 @@ def _not_ours(host: str, exc: OSError) -> FailedPrecondition:
 
 @contextlib.contextmanager
 def data_directory(chosen: Path | None) -> Iterator[Path]:
-    """The chosen directory, kept; or a temporary one, removed at the end unless something failed: it has the logs."""
+    """The chosen directory, kept; or a temporary one, removed at the end unless an error points to a log in it."""
     if chosen is not None:
         with claimed(chosen):
             yield chosen
         return
     directory = Path(tempfile.mkdtemp(prefix="hma-serve-"))
+    needed = False
     try:
         yield directory
-    except BrokenPipeError:
-        # Nothing failed: whoever reads stdout has enough.
-        shutil.rmtree(directory, ignore_errors=True)
+    except HmaError as exc:
+        needed = str(directory) in exc.message
         raise
-    shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        if not needed:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -252,13 +259,13 @@ def registry(config: UpConfig, directory: Path, tls: Tls | None) -> Iterator[Reg
             store.check(timeout=5.0)
         finally:
             store.close()
-        yield Registry(config.etcd, tls, None)
+        yield Registry(config.etcd, tls)
         return
     launcher = [sys.executable, "-m", "hma_serve.cli.tethered"]
     log_path = directory / "logs" / "etcd.log"
     port = config.etcd_port
     with LocalEtcd(directory / "etcd", client_port=port, log_path=log_path, tls=tls, launcher=launcher) as etcd:
-        yield Registry(etcd.url, tls, etcd)
+        yield Registry(etcd.url, tls, etcd, log_path)
 
 
 @dataclass(frozen=True)
@@ -269,17 +276,19 @@ class Registry:
         urls: For `--etcd`.
         tls: To speak with it.
         own: Set when `up` started it.
+        log: What `own` writes.
     """
 
     urls: str
     tls: Tls | None
-    own: LocalEtcd | None
+    own: LocalEtcd | None = None
+    log: Path | None = None
 
     def check(self) -> None:
         """Raises Unavailable if an etcd of ours has ended."""
         status = None if self.own is None else self.own.poll()
         if status is not None:
-            raise Unavailable(f"etcd {describe_end(status)}")
+            raise Unavailable(f"etcd {describe_end(status)}; its log is {self.log}")
 
 
 def role_command(role: str, *flags: str) -> list[str]:
@@ -393,10 +402,10 @@ def show_sample(config: UpConfig, children: Children) -> None:
     try:
         for text in stream_sample(config):
             print(text.replace("\n", "\n  "), end="", flush=True)
-    except Unavailable:
+    except Unavailable as exc:
         # A child that died explains it better.
         children.check()
-        raise
+        raise Unavailable(f"{exc.message}; the logs are in {children.log_directory}") from exc
     print("\n", flush=True)
 
 
@@ -426,7 +435,7 @@ def serve(config: UpConfig, stop: threading.Event, urgent: threading.Event) -> N
 
 def take_down(children: Children, drain: float, urgent: threading.Event) -> None:
     """Stops the children in order; a second Ctrl-C kills them once the router has ended its streams with an error."""
-    print("\ndraining ...", flush=True)
+    print(f"\ndraining, for {drain:g} s at most; Ctrl-C again ends it at once ...", flush=True)
     done = threading.Event()
 
     def watch() -> None:
