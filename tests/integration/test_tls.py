@@ -91,7 +91,10 @@ def test_top_without_certificates_says_so_in_one_line(cluster: Cluster) -> None:
     asked = command("top", "--etcd", f"https://{ports(cluster)['etcd']}", "--once")
     result = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment(), timeout=30)
     assert result.returncode == 1
-    assert result.stderr == "hma-serve top: the registry did not answer within 5 s; check --etcd and --tls-dir\n"
+    assert result.stderr == (
+        "hma-serve top: the registry did not answer within 5 s; check --etcd, which takes etcd's client port "
+        "(2379 as a rule), and --tls-dir\n"
+    )
 
 
 def test_a_prompt_over_http_still_goes_through_prefill(cluster: Cluster) -> None:

@@ -31,6 +31,11 @@ from hma_serve.client import (
         (NotFound("no model x", field="model"), "no model x; change --model", 2),
         (ContextLengthExceeded("too long", field="prompt"), "too long; change the prompt", 2),
         (DeadlineExceeded("too late", field="timeout"), "too late; raise --timeout", 124),
+        (
+            Unavailable("nobody", field="address"),
+            "nobody; is `hma-serve up` running? --address takes the router's gRPC address, as it prints it, not HTTP's",
+            75,
+        ),
         (ResourceExhausted("full"), "full", 75),
         (Unavailable("two\nlines"), "two lines", 75),
         (Cancelled("gone"), "gone", 1),

@@ -290,4 +290,7 @@ def _read(entry: Entry) -> WorkerInfo | None:
 
 
 def _not_listed(timeout: float) -> Unavailable:
-    return Unavailable(f"the registry did not answer within {timeout:g} s; check --etcd and --tls-dir")
+    return Unavailable(
+        f"the registry did not answer within {timeout:g} s; check --etcd, which takes etcd's client port (2379 as a "
+        "rule), and --tls-dir"
+    )

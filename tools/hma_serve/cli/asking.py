@@ -44,7 +44,7 @@ EXIT_STATUSES = f"""exit status:
 _RETRY = RetryPolicy(rounds=3)
 
 _HINTS = {
-    "address": "is `hma-serve up` running, or is another server's --address meant?",
+    "address": "is `hma-serve up` running? --address takes the router's gRPC address, as it prints it, not HTTP's",
     "timeout": "raise --timeout",
     "tls": "see --tls, --tls-ca, --tls-cert and --tls-key",
     "prompt": "change the prompt",
