@@ -295,6 +295,7 @@ def test_what_cannot_be_followed_says_why(demo: Model, structure: Structure, mes
         lambda: Structure.tool_calls([{"name": ""}]),
         lambda: Structure.tool_calls([{"name": "f", "parameters": [1]}]),
         lambda: Structure.tool_calls([{"name": "f", "parameters": {"a": object()}}]),
+        lambda: Structure.tool_calls([{"name": "f", "parameters": {"type": "string"}}]),
         lambda: Structure(StructureKind.TOOL_CALL, ("{",)),
         lambda: Structure(StructureKind.TOOL_CALLS, ('{"name": "f"}', "[]")),
         lambda: Structure.choice(str(number) for number in range(5000)),

@@ -137,8 +137,12 @@ async def test_a_long_conversation_is_rendered_beside_the_loop(stack: Stack) -> 
     await assert_error(response, 400, "context_length_exceeded", "messages")
 
 
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
-ODD_TOOL = {"type": "function", "function": {"name": "f", "parameters": "none"}}
+def named(name: object, **more: Any) -> dict[str, Any]:
+    """A tool."""
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+TOOL = named("f")
 CALL_F = {"type": "function", "function": {"name": "f"}}
 PART = [{"type": "image_url", "image_url": {"url": "x"}}]
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -161,20 +165,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("text part without text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
     ("odd calls", {"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "messages[0].tool_calls"),
     ("surrogate", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
-    ("odd tools", {"messages": HI, "tools": ["f"]}, "tools"),
-    ("too many tools", {"messages": HI, "tools": [{}] * (MAX_TOOLS + 1)}, "tools"),
+    ("object of tools", {"messages": HI, "tools": {"f": TOOL}}, "tools"),
+    ("odd tool", {"messages": HI, "tools": ["f"]}, "tools[0]"),
+    ("too many tools", {"messages": HI, "tools": [named(f"f{i}") for i in range(MAX_TOOLS + 1)]}, "tools"),
     ("a call without tools", {"messages": HI, "tool_choice": "required"}, "tool_choice"),
     ("a named call without tools", {"messages": HI, "tool_choice": CALL_F}, "tool_choice"),
     ("a call without a name", {"messages": HI, "tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
     (
         "a call of another",
-        {"messages": HI, "tools": [TOOL | {"function": {"name": "g"}}], "tool_choice": CALL_F},
+        {"messages": HI, "tools": [named("g")], "tool_choice": CALL_F},
         "tool_choice",
     ),
     ("an odd choice", {"messages": HI, "tools": [TOOL], "tool_choice": ["f"]}, "tool_choice"),
     ("a call and a form", {"messages": HI, "tools": [TOOL], "tool_choice": CALL_F, "guided_regex": "a"}, "tool_choice"),
-    ("a call of a nameless tool", {"messages": HI, "tools": [{}], "tool_choice": "required"}, "tools"),
-    ("a call with odd parameters", {"messages": HI, "tools": [ODD_TOOL], "tool_choice": "required"}, "tools"),
     ("text parallel calls", {"messages": HI, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ("functions", {"messages": HI, "functions": [{"name": "f"}]}, "functions"),
     ("forced function", {"messages": HI, "function_call": {"name": "f"}}, "function_call"),
@@ -205,6 +208,73 @@ async def test_a_bad_field_is_refused_by_name(stack: Stack, body: dict[str, Any]
         await assert_error(response, 400, "invalid_argument", param)
     assert stack.decode.calls == []
     assert await stack.chat(messages=HI, max_tokens=1)
+
+
+async def refusal(stack: Stack, body: dict[str, Any], param: str) -> str:
+    """What is wrong with a body."""
+    response = await stack.client.post("/v1/chat/completions", json={"messages": HI, **body})
+    await assert_error(response, 400, "invalid_argument", param)
+    assert stack.decode.calls == []
+    return str((await response.json())["error"]["message"])
+
+
+LONG = "n" * 65
+
+
+@pytest.mark.parametrize("choice", [None, "none", "auto", "required"])
+@pytest.mark.parametrize(
+    ("tool", "param", "found"),
+    [
+        (None, "", "null"),
+        ({}, ".type", "'function', not null"),
+        ({"type": "retrieval"}, ".type", "'function', not 'retrieval'"),
+        ({"type": "function"}, ".function", "an object, not null"),
+        ({"type": "function", "function": "f"}, ".function", "an object, not 'f'"),
+        (named(None), ".function.name", "not null"),
+        (named(7), ".function.name", "not an integer"),
+        (named(""), ".function.name", "not ''"),
+        (named("get weather"), ".function.name", "digits, _ or -, not 'get weather'"),
+        (named("météo"), ".function.name", "not 'météo'"),
+        (named("f\n"), ".function.name", r"not 'f\n'"),
+        (named("\ud800"), ".function.name", r"not '\ud800'"),
+        (named(LONG), ".function.name", f"not '{LONG[:64]}'..."),
+        (named("f"), ".function.name", "'f' is that of tools[0]"),
+        (named("g", parameters="none"), ".function.parameters", "an object, not 'none'"),
+        (named("g", parameters=[]), ".function.parameters", "an object, not an array"),
+        (named("g", parameters={"type": "string"}), ".function.parameters.type", "'object', not 'string'"),
+        (named("g", parameters={"type": ["object"]}), ".function.parameters.type", "'object', not an array"),
+        (named("g", parameters={"type": None}), ".function.parameters.type", "'object', not null"),
+    ],
+)
+async def test_a_tool_that_is_none_is_refused_by_name(
+    stack: Stack, tool: Any, param: str, found: str, choice: str | None
+) -> None:
+    message = await refusal(stack, {"tools": [TOOL, tool], "tool_choice": choice}, f"tools[1]{param}")
+    assert message.startswith(f"tools[1]{param} must be ")
+    assert found in message
+
+
+async def test_what_clients_send_of_tools_is_accepted(stack: Stack) -> None:
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object", "properties": {}}
+    tools = [
+        named("get-weather_2", description="Weather", strict=True, parameters=schema),
+        named("n" * 64, description=None, strict=None, parameters=None),
+        named("A", parameters={}),
+        named("B", parameters={"properties": {"a": {"type": "string"}}, "required": ["a"]}) | {"cache_control": {}},
+    ]
+    for tool in tools:
+        for choice in (None, "none", "auto", "required", named(tool["function"]["name"])):
+            assert await stack.chat(messages=HI, tools=[tool], tool_choice=choice, max_tokens=1)
+
+
+async def test_a_call_of_another_function_names_those_that_there_are(stack: Stack) -> None:
+    for count, listed in ((0, "none"), (1, "'g0'"), (9, "'g5', 'g6', 'g7' and 1 more")):
+        tools = [named(f"g{number}") for number in range(count)]
+        message = await refusal(stack, {"tools": tools, "tool_choice": CALL_F}, "tool_choice")
+        assert message.startswith("tool_choice names the function 'f', and tools has ")
+        assert message.endswith(listed)
+    long = {"tools": [TOOL], "tool_choice": named("x" * 10_000)}
+    assert len(await refusal(stack, long, "tool_choice")) < 200
 
 
 async def test_a_clients_template_is_no_template(stack: Stack) -> None:

@@ -77,7 +77,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "functions": (None, []),
     "logit_bias": (None, {}),
     "modalities": (None, [], ["text"]),
-    "parallel_tool_calls": (None, True),
+    "parallel_tool_calls": (None, True, False),
     "prompt_logprobs": (None,),
     "skip_special_tokens": (None, True),
     "suffix": (None, ""),

@@ -109,7 +109,7 @@ class Structure:
 
     @classmethod
     def tool_calls(cls, functions: Iterable[Mapping[str, Any]], *, one: bool = False) -> Structure:
-        """Calls of functions with a `name` and `parameters`, the JSON schema of the arguments; `one`: exactly one."""
+        """Calls of functions with a `name` and `parameters`, a schema of an object; `one`: exactly one."""
         kind = StructureKind.TOOL_CALL if one else StructureKind.TOOL_CALLS
         return cls(kind, tuple(map(_json_text, functions)))
 
@@ -175,8 +175,11 @@ def _check_functions(texts: tuple[str, ...]) -> None:
             raise InvalidArgument(f"the function is not JSON: {exc}", field="structure") from exc
         if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name:
             raise InvalidArgument("a function has a name", field="structure")
-        if not isinstance(function.get("parameters") or {}, dict):
-            raise InvalidArgument(f"the parameters of {name[:64]} must be a JSON schema", field="structure")
+        parameters = function.get("parameters") or {}
+        if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+            raise InvalidArgument(
+                f"the parameters of {name[:64]} must be a JSON schema of an object", field="structure"
+            )
 
 
 @dataclass(frozen=True, slots=True)

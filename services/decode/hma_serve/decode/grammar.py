@@ -249,6 +249,7 @@ def _calls(start: str, functions: Sequence[str], tokenizer: llguidance.LLTokeniz
 def _call(function: str) -> str:
     """The object between a call's marks: its schema stands alone, so that references into itself hold."""
     described = json.loads(function)
+    # A schema that says no type accepts more than objects.
     schema = {**(described.get("parameters") or {}), "type": "object", "x-guidance": _JSON_OPTIONS}
     head = f'{{"name": {json.dumps(described["name"], ensure_ascii=False)}, "arguments": '
     return f'{json.dumps(head, ensure_ascii=False)} %json {json.dumps(schema)} "}}"'

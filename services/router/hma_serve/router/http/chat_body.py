@@ -14,6 +14,7 @@ from hma_serve.router.conversation import checked_conversation
 from hma_serve.router.http import fields
 from hma_serve.router.http.generation_body import Caller, GenerationBody, read_generation_body
 from hma_serve.router.http.tool_choice_body import read_tool_choice
+from hma_serve.router.http.tools_body import read_tools
 from hma_serve.router.http.unsupported import Unsupported, refuse_unsupported
 from hma_serve.text import Conversation
 
@@ -48,7 +49,7 @@ def _conversation(body: Mapping[str, Any]) -> Conversation:
         raise InvalidArgument("messages must be a list of at least one message", field="messages")
     return checked_conversation(
         [_message(message, f"messages[{position}]") for position, message in enumerate(messages)],
-        tools=_tools(body),
+        tools=read_tools(body),
         add_generation_prompt=fields.boolean(body, "add_generation_prompt", default=True),
         variables=fields.obj(body, "chat_template_kwargs"),
     )
@@ -83,16 +84,6 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(text := part.get("text"), str):
         return text
     raise InvalidArgument(f"{where} may have parts of type text only; this model reads nothing else", field=where)
-
-
-def _tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    tools = body.get("tools")
-    if tools is None or body.get("tool_choice") == "none":
-        return None
-    if not _are_objects(tools):
-        raise InvalidArgument("tools must be a list of objects", field="tools")
-    found: list[dict[str, Any]] = tools
-    return found
 
 
 def _are_objects(value: object) -> bool:

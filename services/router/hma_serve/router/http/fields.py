@@ -19,7 +19,7 @@ def boolean(body: Mapping[str, Any], name: str, *, default: bool = False) -> boo
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise _wrong(name, "true or false", value)
+        raise wrong(name, "true or false", value)
     return value
 
 
@@ -29,7 +29,7 @@ def integer(body: Mapping[str, Any], name: str, default: int | None = None) -> i
     if value is None:
         return default
     if not is_integer(value):
-        raise _wrong(name, "an integer", value)
+        raise wrong(name, "an integer", value)
     if not -MAX_INTEGER <= value <= MAX_INTEGER:
         raise InvalidArgument(f"{name} is out of range", field=name)
     return int(value)
@@ -41,7 +41,7 @@ def number(body: Mapping[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(name, "a number", value)
+        raise wrong(name, "a number", value)
     try:
         return float(value)
     except OverflowError:
@@ -54,7 +54,7 @@ def text(body: Mapping[str, Any], name: str, default: str = "") -> str:
     if value is None:
         return default
     if not isinstance(value, str):
-        raise _wrong(name, "a string", value)
+        raise wrong(name, "a string", value)
     return checked_text(value, name)
 
 
@@ -73,7 +73,7 @@ def obj(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise _wrong(name, "an object", value)
+        raise wrong(name, "an object", value)
     return value
 
 
@@ -86,11 +86,18 @@ _JSON_NAMES = {
     bool: "a boolean",
     int: "an integer",
     float: "a number",
-    str: "a string",
     list: "an array",
     dict: "an object",
 }
+_MAX_SHOWN_CHARS = 64
 
 
-def _wrong(name: str, expected: str, value: object) -> InvalidArgument:
-    return InvalidArgument(f"{name} must be {expected}, not {_JSON_NAMES.get(type(value), 'null')}", field=name)
+def wrong(name: str, expected: str, value: object) -> InvalidArgument:
+    """The refusal of a value that is not what it must be."""
+    found = shown(value) if isinstance(value, str) else _JSON_NAMES.get(type(value), "null")
+    return InvalidArgument(f"{name} must be {expected}, not {found}", field=name)
+
+
+def shown(text: str) -> str:
+    """A client's text in a message: quoted, and not all of a long one."""
+    return repr(text) if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]!r}..."

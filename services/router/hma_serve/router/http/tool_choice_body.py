@@ -14,6 +14,7 @@ from hma_serve.core.request import Structure
 from hma_serve.router.http import fields
 
 _CHOICE, _PARALLEL = "tool_choice", "parallel_tool_calls"
+_MAX_LISTED = 8
 
 
 def read_tool_choice(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Structure | None:
@@ -21,7 +22,7 @@ def read_tool_choice(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
 
     Args:
         body: The object.
-        tools: Those that the model sees.
+        tools: Those that the model sees, as `tools_body` has read them.
 
     Raises:
         InvalidArgument: The choice has the wrong shape, names no tool, or cannot be followed.
@@ -29,22 +30,24 @@ def read_tool_choice(body: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
     choice = body.get(_CHOICE)
     parallel = fields.boolean(body, _PARALLEL, default=True)
     if choice in (None, "none", "auto"):
-        if not parallel:
+        if tools and not parallel:
             raise InvalidArgument(
                 f"{_PARALLEL} is not supported: a model that decides itself what it calls cannot be held to one call; "
                 "tool_choice can ask for one",
                 field=_PARALLEL,
             )
         return None
-    functions = [_function(tool, f"tools[{position}]") for position, tool in enumerate(tools)]
+    functions = [_function(tool) for tool in tools]
     if choice == "required":
         if not functions:
             raise InvalidArgument(f"{_CHOICE} is required, but there are no tools", field=_CHOICE)
         return Structure.tool_calls(functions, one=not parallel)
     name = _named(choice)
-    named = [function for function in functions if function["name"] == name][:1]
+    named = [function for function in functions if function["name"] == name]
     if not named:
-        raise InvalidArgument(f"{_CHOICE} names no function of tools", field=_CHOICE)
+        raise InvalidArgument(
+            f"{_CHOICE} names the function {fields.shown(name)}, and tools has {_listed(functions)}", field=_CHOICE
+        )
     return Structure.tool_calls(named, one=True)
 
 
@@ -61,9 +64,14 @@ def _named(choice: object) -> str:
     )
 
 
-def _function(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _listed(functions: Sequence[Mapping[str, Any]]) -> str:
+    """Their names, or the first of many."""
+    names = [repr(function["name"]) for function in functions[:_MAX_LISTED]]
+    more = len(functions) - len(names)
+    return (", ".join(names) or "none") + (f" and {more} more" if more else "")
+
+
+def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
     """What a call of a tool must be like; the rest of what describes it is for the model."""
-    function = tool.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise InvalidArgument(f"{where} needs a function with a name to be called by {_CHOICE}", field="tools")
+    function = tool["function"]
     return {name: function[name] for name in ("name", "parameters") if name in function}
