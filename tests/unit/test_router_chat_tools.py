@@ -100,13 +100,24 @@ async def test_a_limit_ends_an_answer_as_it_stands(stack: Stack) -> None:
 async def test_text_streams_until_a_call_and_the_call_comes_whole(stack: Stack) -> None:
     _, *chunks, last = await stack.chat_stream(**script(stack, f"A < B\n{OSLO}"))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    assert [delta["content"] for delta in deltas[:7]] == ["A", " ", "", "< ", "B", "", ""]
-    assert deltas[7:-1] == [{"content": ""}] * (len(OSLO) - 2)
+    # While nothing can be said nothing is.
+    assert deltas[:-1] == [{"content": text} for text in ("A", " ", "< ", "B")]
     [call] = deltas[-1].pop("tool_calls")
     assert deltas[-1] == {}
     assert call.pop("id").startswith("call_")
     assert call == {"index": 0, "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
     assert last["choices"][0]["delta"] == {}
+
+
+async def test_an_answer_that_is_held_back_has_begun_and_counts(stack: Stack) -> None:
+    opening, call, last, usage = await stack.chat_stream(**script(stack, OSLO, stream_options={"include_usage": True}))
+    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert list(call["choices"][0]["delta"]) == ["tool_calls"]
+    assert last["choices"][0]["finish_reason"] == "tool_calls"
+    assert usage["usage"]["completion_tokens"] == len(OSLO)
+    # What never becomes a call is there in the end.
+    _, last = await stack.chat_stream(**script(stack, UNCLOSED))
+    assert last["choices"][0]["delta"] == {"content": UNCLOSED}
 
 
 async def test_each_choice_has_its_own_calls(stack: Stack) -> None:

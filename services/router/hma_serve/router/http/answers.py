@@ -50,8 +50,8 @@ class Answer(ABC):
     def opening(self) -> Iterator[dict[str, Any]]:
         """Chunks that come before any token."""
 
-    def delta_chunk(self, event: Delta) -> dict[str, Any]:
-        """More of one completion."""
+    def delta_chunk(self, event: Delta) -> dict[str, Any] | None:
+        """More of one completion; None: nothing is to be sent of it."""
         self._count(event)
         return self._chunk(self._with_ids(self._delta_choice(event), event))
 

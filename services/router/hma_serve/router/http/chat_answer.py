@@ -13,6 +13,8 @@ from hma_serve.router.http.tool_calls import Parsed, ToolCall, ToolCallParser
 from hma_serve.text import Conversation, Tokenizer
 from hma_serve.v1 import common_pb2
 
+_NEWS = ("delta", "logprobs", "token_ids", "prompt_token_ids")
+
 
 class ChatAnswer(Answer):
     """Choices with a `message`, or with a `delta` when streamed."""
@@ -34,9 +36,14 @@ class ChatAnswer(Answer):
         for index in range(len(self._prepared.jobs)):
             yield self._chunk(_choice(index, "delta", {"role": "assistant", "content": self._begun()}))
 
+    def delta_chunk(self, event: Delta) -> dict[str, Any] | None:
+        """More of one completion; None where that says nothing, as while a call is held back."""
+        chunk = super().delta_chunk(event)
+        return chunk if chunk and ("usage" in chunk or any(map(chunk["choices"][0].get, _NEWS))) else None
+
     def _delta_choice(self, event: Delta) -> dict[str, Any]:
         parsed = self._parsed(event)
-        said: dict[str, Any] = {"content": parsed.text} if parsed.text or not parsed.calls else {}
+        said: dict[str, Any] = {"content": parsed.text} if parsed.text else {}
         if parsed.calls:
             calls = enumerate(map(_call, parsed.calls), start=self._calls[event.index])
             said["tool_calls"] = [{"index": position, **call} for position, call in calls]

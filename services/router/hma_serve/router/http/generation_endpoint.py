@@ -113,7 +113,8 @@ class GenerationEndpoint:
                 if stream is None:
                     stream = await _EventStream.open(request, self._limits.write_timeout)
                     await stream.write(b"".join(map(_sse, answer.opening())))
-                await stream.write(_sse(chunk))
+                if chunk is not None:
+                    await stream.write(_sse(chunk))
         except HmaError as exc:
             if stream is None:
                 raise
