@@ -126,6 +126,7 @@ def test_expressions_and_choices_are_followed_to_the_letter(name: str, request: 
     assert said == set(choices)
 
 
+UNIQUE: dict[str, Any] = {"name": "unique", "parameters": {"uniqueItems": True}}
 FUNCTIONS: list[dict[str, Any]] = [
     {
         "name": "adopt",
@@ -269,7 +270,8 @@ def test_a_grammar_that_fails_in_a_step_ends_its_own_sequence_alone(demo: Model)
         (Structure.json_schema({"$ref": "http://example.org/x"}), "does not fetch"),
         (Structure.json_schema({"type": "string", "pattern": "(?=a)"}), "look-around"),
         (Structure.regex("(a|b"), "unclosed group"),
-        (Structure.tool_calls([{"name": "f", "parameters": {"uniqueItems": True}}]), "uniqueItems"),
+        (Structure.tool_calls([{"name": "f"}, UNIQUE]), "the function 'unique' cannot be followed: .*uniqueItems"),
+        (Structure.tool_calls([UNIQUE, {"name": "f"}], one=True), "the function 'unique' cannot"),
     ],
 )
 def test_what_cannot_be_followed_says_why(demo: Model, structure: Structure, message: str) -> None:

@@ -39,6 +39,8 @@ _TOKENIZER = "tokenizer.json"
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n\r]{0,16}"}
 # A mark like <tool_call>: one token of some vocabularies.
 _MARK = re.compile("(</?[a-z_]+>)")
+# The line and the column of a generated grammar.
+_PLACE = re.compile(r"^at (\d+)\(\d+\): ")
 
 
 class Grammar:
@@ -212,7 +214,9 @@ class GrammarCompiler:
         except (ValueError, RecursionError) as exc:
             error = str(exc)
         if error:
-            raise InvalidArgument(f"the {structure.kind} cannot be followed: {_first_line(error)}", field=_FIELD)
+            raise InvalidArgument(
+                f"{_culprit(structure, error)} cannot be followed: {_first_line(error)}", field=_FIELD
+            )
         return matcher
 
 
@@ -239,11 +243,13 @@ def _definition(structure: Structure, tokenizer: llguidance.LLTokenizer) -> str:
 def _calls(start: str, functions: Sequence[str], tokenizer: llguidance.LLTokenizer) -> str:
     """Calls in Lark, after thoughts where the model has tokens for them: one that would think first still may."""
     opening, closing = _literal(f"{OPENING}\n", tokenizer), _literal(f"\n{CLOSING}", tokenizer)
-    rules = [f"call: {opening} ({' | '.join(map(_call, functions))}) {closing}"]
+    rules = {f"function{position}": _call(function) for position, function in enumerate(functions)}
+    rules["call"] = f"{opening} ({' | '.join(rules)}) {closing}"
     if _is_mark(THOUGHTS, tokenizer) and _is_mark(THOUGHTS_END, tokenizer):
         start = f"thoughts? {start}"
-        rules.append(rf"thoughts: {THOUGHTS} /(.|\n)*/ {THOUGHTS_END} /\n*/")
-    return "\n".join([f"start: {start}", *rules])
+        rules["thoughts"] = rf"{THOUGHTS} /(.|\n)*/ {THOUGHTS_END} /\n*/"
+    # The functions are the first lines, by whose numbers `_culprit` finds them.
+    return "\n".join(f"{name}: {rule}" for name, rule in (rules | {"start": start}).items())
 
 
 def _call(function: str) -> str:
@@ -269,8 +275,17 @@ def _is_mark(text: str, tokenizer: llguidance.LLTokenizer) -> bool:
     return len(tokens) == 1 and tokenizer.is_special_token(tokens[0])
 
 
+def _culprit(structure: Structure, error: str) -> str:
+    """What an error is about: of several functions the one in whose line of the grammar the library found it."""
+    place = _PLACE.match(error)
+    if place and structure.kind in (StructureKind.TOOL_CALL, StructureKind.TOOL_CALLS):
+        for function in structure.texts[int(place[1]) - 1 :][:1]:
+            return f"the function {json.loads(function)['name'][:64]!r}"
+    return f"the {structure.kind}"
+
+
 def _first_line(error: str) -> str:
-    """What a client can use: the library's messages go on with excerpts of generated grammars."""
-    lines = [line.strip() for line in error.strip().splitlines()]
+    """What a client can use: the library's messages go on with excerpts of generated grammars, and may begin there."""
+    lines = [line.strip() for line in _PLACE.sub("", error.strip()).splitlines()]
     causes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (causes or lines or [""])[0][:500]
