@@ -267,6 +267,26 @@ async def test_what_clients_send_of_tools_is_accepted(stack: Stack) -> None:
             assert await stack.chat(messages=HI, tools=[tool], tool_choice=choice, max_tokens=1)
 
 
+def calling(arguments: object) -> dict[str, Any]:
+    """A conversation with a call of the assistant's and its result."""
+    made = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "0"}, made]}
+    return {"messages": [*HI, called, {"role": "tool", "tool_call_id": "unknown", "content": "a"}]}
+
+
+@pytest.mark.parametrize("arguments", ["{", "[]", "null", '"{}"', "f(1)", "{}{}", " ", "[" * 20_000, 7, False, [{}]])
+async def test_a_call_of_the_past_had_an_object_of_arguments(stack: Stack, arguments: object) -> None:
+    param = "messages[1].tool_calls[1].function.arguments"
+    message = await refusal(stack, calling(arguments), param)
+    assert message.startswith(f"{param} must be the text of a JSON object, not ")
+    assert len(message) < 200
+
+
+@pytest.mark.parametrize("arguments", ["{}", '{"a": [1]}', ' {"a": "\\ud800"}\n', "", None, {}, {"a": 1}])
+async def test_arguments_come_as_clients_send_them(stack: Stack, arguments: object) -> None:
+    assert await stack.chat(**calling(arguments), max_tokens=1)
+
+
 async def test_a_call_of_another_function_names_those_that_there_are(stack: Stack) -> None:
     for count, listed in ((0, "none"), (1, "'g0'"), (9, "'g5', 'g6', 'g7' and 1 more")):
         tools = [named(f"g{number}") for number in range(count)]

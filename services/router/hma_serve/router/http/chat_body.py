@@ -6,6 +6,7 @@ assistant, which may have called tools instead, is empty. All other fields of a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,10 +65,29 @@ def _message(message: object, where: str) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if calls is not None and not _are_objects(calls):
         raise InvalidArgument(f"{where}.tool_calls must be a list of objects", field=f"{where}.tool_calls")
+    for position, call in enumerate(calls or ()):
+        _check_arguments(call, f"{where}.tool_calls[{position}].function")
     content = message.get("content")
     if content is None and role == "assistant":
         content = ""
     return {**message, "content": _content(content, f"{where}.content")}
+
+
+def _check_arguments(call: Mapping[str, Any], where: str) -> None:
+    """Refuses arguments that no call has; some clients send an object itself, or an empty text for none."""
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if arguments in (None, "") or isinstance(arguments, dict):
+        return
+    if not isinstance(arguments, str) or not _is_object(arguments):
+        raise fields.wrong(f"{where}.arguments", "the text of a JSON object", arguments)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _content(content: object, where: str) -> str:
