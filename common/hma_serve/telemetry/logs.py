@@ -54,6 +54,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, default=str, ensure_ascii=False)
 
 
+def _of_a_client_that_is_there(record: logging.LogRecord) -> bool:
+    """False for what grpcio logs, with a traceback, when a client was gone before its status could be sent."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
+
+
 def setup_logging(role: str, log_format: str = "human", level: str = "INFO") -> None:
     """Configures the root logger of this process; call once, first.
 
@@ -64,6 +69,7 @@ def setup_logging(role: str, log_format: str = "human", level: str = "INFO") -> 
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(role) if log_format == "json" else HumanFormatter(role))
+    handler.addFilter(_of_a_client_that_is_there)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
