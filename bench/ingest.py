@@ -215,7 +215,8 @@ class _Batch:
         for came, begin in zip(self._came, begins, strict=True):
             # A request that follows another begins with a token that counts for none.
             for (before, _), (after, count) in pairwise(came[begin:]):
-                gaps += [(after - before) / max(1, count)] * count
+                if count:
+                    gaps += [(after - before) / count] * count
         return float(np.quantile(gaps, 0.99))
 
     async def _stream(self, number: int) -> None:

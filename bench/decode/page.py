@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.decode.picture import picture
+from bench.decode.step import StepRow
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "kernels.md"
@@ -53,11 +54,16 @@ def _steps() -> Iterator[tuple[str, Row, Row]]:
 def steps() -> Iterator[str]:
     """Whole steps with packed KV."""
     for model, row, _ in _steps():
-        rest = 1 - (row["gemm_ms"] + row["attention_ms"]) / row["ms"]
         times = [_number(row[name], 2) for name in ("ms", "gemm_ms", "attention_ms")]
         faster = f"{row['vllm_ms'] / row['ms']:.2f}x"
         yield _line(
-            model, _of(row), *times, f"{rest:.0%}", _number(row["floor_ms"], 2), _number(row["vllm_ms"], 2), faster
+            model,
+            _of(row),
+            *times,
+            f"{StepRow(**row).rest:.0%}",
+            _number(row["floor_ms"], 2),
+            _number(row["vllm_ms"], 2),
+            faster,
         )
 
 

@@ -56,7 +56,7 @@ class JsonFormatter(logging.Formatter):
 
 def _of_a_client_that_is_there(record: logging.LogRecord) -> bool:
     """False for what grpcio logs, with a traceback, when a client was gone before its status could be sent."""
-    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
+    return not str(record.msg).startswith("ExecuteBatchError raised in core by servicer method")
 
 
 def setup_logging(role: str, log_format: str = "human", level: str = "INFO") -> None:
@@ -69,9 +69,9 @@ def setup_logging(role: str, log_format: str = "human", level: str = "INFO") -> 
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(role) if log_format == "json" else HumanFormatter(role))
-    handler.addFilter(_of_a_client_that_is_there)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # One line per health probe or scrape would bury everything else.
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_of_a_client_that_is_there)

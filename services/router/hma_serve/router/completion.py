@@ -259,8 +259,8 @@ class Completions:
     # Validation.
 
     @contextmanager
-    def counting_unreadable(self) -> Iterator[None]:
-        """Around whatever reads a request, up to `prepare`: counts one that is refused there."""
+    def counting_refused(self) -> Iterator[None]:
+        """Around whatever reads a request, up to `prepare`, which does so itself: counts one that is refused there."""
         try:
             yield
         except HmaError as exc:
@@ -273,15 +273,14 @@ class Completions:
         Raises:
             HmaError: What is wrong, with the field at fault.
         """
-        try:
-            return await self._prepare(request, asyncio.get_running_loop().time())
-        except HmaError as exc:
-            self._metrics.requests.labels(exc.code).inc()
-            if isinstance(exc, Shed):
+        with self.counting_refused():
+            try:
+                return await self._prepare(request, asyncio.get_running_loop().time())
+            except Shed as exc:
                 loop, slo = asyncio.get_running_loop(), request.slo.or_else(self._slo)
                 wanted = max(1, request.n * len(request.prompts))
                 self._count_failure(exc, [Pace(self._metrics, slo, loop.time()) for _ in range(wanted)])
-            raise
+                raise
 
     async def _prepare(self, request: CompletionRequest, arrived: float) -> Prepared:
         if self._draining:

@@ -36,7 +36,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Streams one request's events; the call's deadline bounds it and its cancellation frees everything."""
         with _origin(context).span(REQUEST, kind=SpanKind.SERVER, **{"rpc.method": f"{SERVICE}/Generate"}) as span:
-            with self._completions.counting_unreadable():
+            with self._completions.counting_refused():
                 tenant = self._completions.tenants.read(_metadata(context).get)
                 asked = replace(_read(request, context.time_remaining()), trace=span.trace, tenant=tenant)
             prepared = await self._completions.prepare(asked)

@@ -62,7 +62,7 @@ class GenerationEndpoint:
 
     async def _post(self, request: web.Request, span: Span) -> web.StreamResponse:
         limits = self._limits
-        with self._completions.counting_unreadable():
+        with self._completions.counting_refused():
             caller = Caller(request_id_of(request), slo_of(request.headers))
             sent = await read_json_body(request, limit=limits.max_body_bytes, timeout=limits.body_timeout)
         try:
@@ -74,7 +74,7 @@ class GenerationEndpoint:
     async def _answer_to(
         self, request: web.Request, sent: Mapping[str, Any], caller: Caller, span: Span
     ) -> web.StreamResponse:
-        with self._completions.counting_unreadable():
+        with self._completions.counting_refused():
             body = self._read(sent, caller)
             tenant = self._completions.tenants.read(request.headers.get)
         prepared = await self._completions.prepare(replace(body.request, trace=span.trace, tenant=tenant))
